@@ -1,0 +1,48 @@
+# Every target does its own set-up in .venv (scripts/setup.sh); where that is done already it costs nothing.
+#   make PYTHON=python3.12 …   another interpreter          make ENGINE=cpu …   another engine than the one that fits
+#   make test ARGS='-k wake'   arguments for what is run
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help install tools demo serve bench test test-fast lint format clean
+
+BIN := .venv/bin
+CODE := $(wildcard src tests bench scripts)
+export PYTHON ENGINE
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## install Bullpen and the engine that fits this machine
+	@scripts/setup.sh product
+
+tools:
+	@scripts/setup.sh dev
+
+demo: install ## start two real vLLM servers warm, beside a cold start for comparison
+	$(BIN)/bullpen demo $(ARGS)
+
+serve: install ## start the daemon
+	$(BIN)/bullpen serve $(ARGS)
+
+bench: install ## measure starts and memory, and print the tables
+	$(BIN)/python -m bench $(ARGS)
+
+test: tools ## run every test, with the real engine too
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: tools ## run the tests that need no real engine, in under a minute
+	$(BIN)/python -m pytest -m 'not real and not slow' $(ARGS)
+
+lint: tools ## check style, types and layers
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports
+
+format: tools ## put the code in the project's format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean: ## remove .venv and everything made by tools
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

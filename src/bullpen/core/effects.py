@@ -1,0 +1,140 @@
+"""What the fleet wants done. ``bullpen.node`` carries out each effect, in order, and reports the outcome as an event.
+
+The outcome that each effect must have sooner or later, whatever happens, stands in its docstring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bullpen.core.instance import Instance
+from bullpen.errors import BullpenError
+
+
+@dataclass(frozen=True)
+class Check:
+    """Lease a process and have the engine read the options. → ``Checked`` or ``Refused``."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class HoldPort:
+    """Make sure that ``port`` is free on this host, or pick one outside ``avoid`` where it is None, and hold it.
+    → ``PortReady`` or ``Refused``, at once."""
+
+    id: str
+    port: int | None
+    avoid: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Write the instance to the journal before the next effect is carried out. → ``Refused`` where it cannot be
+    written and the instance is not listed yet."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Turn the leased process into the server. → ``Started`` or ``Refused``."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Let go of the leased process, the held port and the files of a create that came to nothing. No outcome."""
+
+    id: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Follow log and health until the server is ready. → ``PhaseSeen``…, ``Answered``; and ``Exited`` at any time."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Terminate:
+    """Send SIGTERM to the server process. → ``Exited``."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class KillTree:
+    """SIGKILL every process of the tree until a scan finds none. → ``TreeGone`` or ``TreeStuck``; ``Exited`` before
+    either where the server process was alive."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class SetTimer:
+    """Start, or start again, the instance's timer of that name. → ``TimerFired``."""
+
+    id: str
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClearTimers:
+    """Forget all timers of the instance. No outcome."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Tell the watchers. ``kind`` is CREATED, STOPPED or DELETED; the instance carries the revision."""
+
+    kind: str
+    instance: Instance
+
+
+@dataclass(frozen=True)
+class PublishState:
+    """Tell the watchers who asked for finer events that state, phase or progress changed."""
+
+    instance: Instance
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Remove the instance's journal entry, log, cgroup and files; it is no more. No outcome."""
+
+    id: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Answer a request: with the instance and a word for what was done, or with an error."""
+
+    request: int
+    instance: Instance | None = None
+    status: str = ""
+    error: BullpenError | None = None
+
+
+Effect = (
+    Check
+    | HoldPort
+    | Save
+    | Start
+    | Discard
+    | Watch
+    | Terminate
+    | KillTree
+    | SetTimer
+    | ClearTimers
+    | Publish
+    | PublishState
+    | Forget
+    | Reply
+)

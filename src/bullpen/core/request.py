@@ -1,0 +1,121 @@
+"""What a request may say: ids, options, variables. Refused here, it changes nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shlex
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from bullpen.core.instance import Config
+from bullpen.errors import InvalidRequestError
+
+ID = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
+RESERVED_IDS = frozenset({"watch"})
+LOADER_VARIABLES = (
+    "LD_*",
+    "PYTHON*",
+    "GCONV_PATH",
+    "GLIBC_TUNABLES",
+    "MALLOC_*",
+    "BASH_ENV",
+    "ENV",
+    "PATH",
+    "NODE_OPTIONS",
+    "CUDA_INJECTION64_PATH",
+    "NVTX_INJECTION64_PATH",
+)
+"""Variables that make a program load other code than it would; each needs the operator's ``--allow-env``."""
+
+
+def check_id(instance_id: str) -> str:
+    """Return the id.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    if ID.fullmatch(instance_id) is None or instance_id in RESERVED_IDS:
+        raise InvalidRequestError(
+            "an id has 1 to 128 of A-Z a-z 0-9 . _ -, does not begin with a dot and is not 'watch'", field="instance_id"
+        )
+    return instance_id
+
+
+def split_options(options: str) -> tuple[str, ...]:
+    """Split a command line as a POSIX shell splits words.
+
+    Raises:
+        InvalidRequestError: it cannot be split, or holds what no command line can.
+    """
+    if "\0" in options or _has_surrogate(options):
+        raise InvalidRequestError("options hold a NUL or text that is no valid Unicode")
+    try:
+        return tuple(shlex.split(options))
+    except ValueError as problem:
+        raise InvalidRequestError(f"options cannot be split into words: {str(problem).lower()}") from problem
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def check_variables(variables: Mapping[str, Any], allowed: Collection[str] = ()) -> dict[str, str]:
+    """Return the variables as text: a number or a boolean is taken as its JSON text.
+
+    Raises:
+        InvalidRequestError: a name or a value can be no environment variable, or a name needs an allowance.
+    """
+    return {check_name(name, allowed): check_value(name, value) for name, value in variables.items()}
+
+
+def check_name(name: str, allowed: Collection[str]) -> str:
+    """Return a variable's name, or refuse it."""
+    if not name or "=" in name or "\0" in name or _has_surrogate(name):
+        raise InvalidRequestError("a variable's name is not empty and holds no '=' and no NUL", field="env_vars")
+    if name not in allowed and any(fnmatch.fnmatchcase(name, pattern) for pattern in LOADER_VARIABLES):
+        raise InvalidRequestError(
+            f"{name} changes how programs load; the daemon must be started with --allow-env {name}", field="env_vars"
+        )
+    return name
+
+
+def check_value(name: str, value: Any) -> str:
+    """Return a variable's value as text, or refuse it."""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if not isinstance(value, str) or "\0" in value or _has_surrogate(value):
+        raise InvalidRequestError(
+            f"the value of {name} must be text without NUL, a number or a boolean", field="env_vars"
+        )
+    return value
+
+
+def read_config(
+    options: str,
+    *,
+    env_vars: Mapping[str, Any] | None = None,
+    gpu_uuids: Collection[str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+    engine: str,
+    face: str = "v2",
+    allowed: Collection[str] = (),
+) -> Config:
+    """Check what can be checked without the engine and return the configuration.
+
+    Raises:
+        InvalidRequestError: a field can never work.
+    """
+    uuids = None if gpu_uuids is None else tuple(gpu_uuids)
+    if uuids is not None and len(set(uuids)) != len(uuids):
+        raise InvalidRequestError("a GPU is named twice", field="gpu_uuids")
+    return Config(
+        options=options,
+        argv=split_options(options),
+        env_vars=None if env_vars is None else check_variables(env_vars, allowed),
+        gpu_uuids=uuids,
+        annotations=None if annotations is None else dict(annotations),
+        engine=engine,
+        face=face,
+    )

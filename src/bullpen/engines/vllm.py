@@ -1,0 +1,68 @@
+"""The ``vllm`` engine: real vLLM, unchanged."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from bullpen.engines.openai_server import OpenAIServer
+
+FROZEN_AT_IMPORT = (
+    "HF_*",
+    "HUGGINGFACE_*",
+    "TRANSFORMERS_*",
+    "VLLM_LOGGING_*",
+    "VLLM_CONFIGURE_LOGGING",
+    "VLLM_PLUGINS",
+    "VLLM_TARGET_DEVICE",
+    "VLLM_USE_MODELSCOPE",
+    "PROMETHEUS_MULTIPROC_DIR",
+    "OTEL_*",
+    "TORCH_*",
+    "TORCHINDUCTOR_*",
+    "PYTORCH_*",
+    "OMP_*",
+    "KMP_*",
+    "GOMP_*",
+    "MKL_*",
+    "OPENBLAS_*",
+    "LD_*",
+    "PYTHON*",
+)
+"""Variables that vLLM or a library below it reads once, when it is imported or loaded. Set in a fork they would be
+ignored without a word."""
+READ_LATER = ("HF_TOKEN", "OMP_NUM_THREADS")
+"""Exceptions: the token is read at each download, the threads are set in the server (``worlds.vllm``)."""
+
+HOW_TO_INSTALL = "run `make install` in Bullpen's source tree, or `pip install 'bullpen[vllm]'` on a machine with NVIDIA GPUs"
+
+
+class Vllm(OpenAIServer):
+    """vLLM's OpenAI-compatible server."""
+
+    name = "vllm"
+
+    def missing(self, python: str) -> str | None:
+        """Look for the package without importing it."""
+        if python == sys.executable:
+            found = importlib.util.find_spec("vllm") is not None
+        else:
+            look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+            try:
+                found = subprocess.run([python, "-c", look], timeout=30, check=False).returncode == 0
+            except (OSError, subprocess.TimeoutExpired) as problem:
+                return f"the interpreter {python} cannot be run: {problem}"
+        if found:
+            return None
+        return f"vLLM is not installed in {python}: {HOW_TO_INSTALL}; --engine sim serves a simulator"
+
+    def early_environment(self, user: Mapping[str, str]) -> dict[str, str]:
+        """See `FROZEN_AT_IMPORT`."""
+        return {
+            name: value
+            for name, value in user.items()
+            if name not in READ_LATER and any(fnmatch.fnmatchcase(name, pattern) for pattern in FROZEN_AT_IMPORT)
+        }

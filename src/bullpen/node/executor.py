@@ -1,0 +1,442 @@
+"""Carries out what the fleet decides, and turns each outcome into the next event.
+
+Short effects are done at once; those that wait become tasks, each with a deadline in what it calls. No effect raises:
+what goes wrong is an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from bullpen.core import effects as fx
+from bullpen.core import events as ev
+from bullpen.core import redact
+from bullpen.core.fleet import Fleet
+from bullpen.core.instance import Instance, Served, State
+from bullpen.core.public import public
+from bullpen.engines.base import Place
+from bullpen.engines.registry import ENGINES
+from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, LaunchError, StateError
+from bullpen.node import probe
+from bullpen.node.resources import Resources
+from bullpen.node.trees import Tree, read_process
+from bullpen.node.zygotes import Leased, ZygoteEndedError
+
+logger = logging.getLogger("bullpen")
+
+LEASE_ATTEMPTS = 3
+STATUS_SECONDS = 1.0
+"""How long to wait for the zygote to tell the status of a process that has ended."""
+TAIL_BYTES = 64 * 1024
+FIRST_TICK, LONGEST_TICK = 0.015, 0.25
+"""Seconds between two looks at log and health of a server that starts; they grow with the time it takes."""
+PROBE_EVERY = 0.25
+OOM_SCORE = 200
+"""Instances go before the daemon and its zygotes when the kernel must choose."""
+
+
+@dataclass
+class Handle:
+    """What the daemon holds of one instance's process."""
+
+    leased: Leased | None = None
+    pidfd: int = -1
+    tree: Tree | None = None
+    """Set once the process has been told to become the server."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    kill: asyncio.Task[None] | None = None
+
+
+class Executor:
+    """The hands of the fleet.
+
+    Args:
+        fleet: read for what an effect is about; changed only through ``submit``.
+        submit: takes the next event.
+        reply: takes an answer to a request.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        resources: Resources,
+        submit: Callable[[ev.Event], None],
+        reply: Callable[[fx.Reply], None],
+    ) -> None:
+        self._fleet = fleet
+        self._resources = resources
+        self._submit = submit
+        self._reply = reply
+        self._handles: dict[str, Handle] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._unsaved: set[str] = set()
+        self._carriers: dict[type, Callable[[Any], None]] = {
+            fx.Check: lambda effect: self._spawn(self._check(effect.id)),
+            fx.HoldPort: self._hold_port,
+            fx.Start: lambda effect: self._spawn(self._start(effect.id)),
+            fx.Discard: self._discard,
+            fx.Watch: lambda effect: self._spawn(self._watch(effect.id)),
+            fx.Terminate: self._terminate,
+            fx.KillTree: self._kill_tree,
+            fx.SetTimer: self._set_timer,
+            fx.ClearTimers: self._clear_timers,
+            fx.Publish: self._publish,
+            fx.PublishState: self._publish_state,
+            fx.Forget: self._forget,
+            fx.Reply: reply,
+        }
+
+    def carry_out(self, effects: list[fx.Effect]) -> None:
+        """Carry out effects in order; what follows a save that a new instance could not get is left undone."""
+        for effect in effects:
+            if isinstance(effect, fx.Save):
+                if not self._save(effect.id):
+                    return
+            else:
+                self._carriers[type(effect)](effect)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (problem := task.exception()) is not None:
+            logger.error("a task of the supervisor failed; this is a bug in Bullpen", exc_info=problem)
+
+    def _instance(self, instance_id: str) -> Instance | None:
+        return self._fleet.instances.get(instance_id)
+
+    # -- create ------------------------------------------------------------------------------------------------
+
+    async def _check(self, instance_id: str) -> None:
+        instance = self._fleet.instances[instance_id]
+        try:
+            leased, answer = await self._lease_and_check(instance)
+        except BullpenError as problem:
+            self._submit(ev.Refused(instance_id, problem))
+            return
+        process = read_process(leased.pid)
+        if self._instance(instance_id) is not instance or process is None:
+            leased.channel.close()
+            os.close(leased.pidfd)
+            self._submit(ev.Refused(instance_id, LaunchError("the process that was to become the server has ended")))
+            return
+        self._handles[instance_id] = Handle(leased, leased.pidfd)
+        if leased.reason:
+            logger.warning("instance %s starts in a fresh interpreter: %s", instance_id, leased.reason)
+        served = Served(
+            model=answer["model"],
+            served_model_names=tuple(answer["served_model_names"]),
+            port=answer["port"],
+            host=answer["host"],
+            uds=answer["uds"],
+            tls=answer["tls"],
+        )
+        self._submit(ev.Checked(instance_id, served, leased.pid, process.start_ticks, leased.how))
+
+    async def _lease_and_check(self, instance: Instance) -> tuple[Leased, dict[str, Any]]:
+        """Raises InvalidRequestError where the engine refuses, LaunchError where no process can be had."""
+        config = instance.config
+        early = ENGINES[config.engine].early_environment(config.env_vars or {})
+        for attempt in range(LEASE_ATTEMPTS):
+            zygote = self._resources.zygotes.get(config.engine, early)
+            try:
+                leased = await zygote.lease()
+                break
+            except ZygoteEndedError:
+                if attempt == LEASE_ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(0.05)
+        try:
+            answer = await leased.channel.ask({"op": "check", "argv": config.argv})
+            if not answer["ok"]:
+                raise InvalidRequestError(redact.sentence(one_sentence(answer["error"]), config.argv))
+        except BullpenError:
+            leased.channel.close()
+            os.close(leased.pidfd)
+            raise
+        return leased, answer
+
+    def _hold_port(self, effect: fx.HoldPort) -> None:
+        instance = self._fleet.instances[effect.id]
+        assert instance.served is not None
+        host = instance.served.host or self._resources.settings.instance_host
+        try:
+            port = self._resources.ports.hold(instance.key, effect.port, host, effect.avoid)
+        except (ConflictError, LaunchError) as problem:
+            self._submit(ev.Refused(effect.id, problem))
+        else:
+            self._submit(ev.PortReady(effect.id, port))
+
+    async def _start(self, instance_id: str) -> None:
+        instance, handle = self._fleet.instances[instance_id], self._handles[instance_id]
+        try:
+            await self._become_server(instance, handle)
+        except BullpenError as problem:
+            self._submit(ev.Refused(instance_id, problem))
+            return
+        if self._instance(instance_id) is instance:
+            self._submit(ev.Started(instance_id))
+            self.follow_exit(instance_id, handle)
+
+    async def _become_server(self, instance: Instance, handle: Handle) -> None:
+        """Raises LaunchError where the process cannot become the server."""
+        assert handle.leased is not None and instance.served is not None and instance.address is not None
+        engine = ENGINES[instance.config.engine]
+        place = self._place(instance)
+        user = instance.config.env_vars or {}
+        log = self._resources.logs.create(instance.key)
+        try:
+            make_folder(place)
+            cgroup = self._resources.cgroups.create(instance.key)
+            handle.tree = self._tree(instance)
+            await handle.leased.channel.ask(
+                {
+                    "op": "start",
+                    "argv": engine.command_line(instance.config.argv, instance.served.host is not None, place),
+                    "env": engine.environment(place, user),
+                    "user_env": dict(user),
+                    "cwd": os.getcwd(),  # noqa: PTH109 - relative model paths are the daemon's
+                    "title": f"bullpen: {instance.id} {instance.served.model}",
+                    "cgroup": str(cgroup) if cgroup else None,
+                    "oom_score_adj": OOM_SCORE,
+                },
+                (log,),
+            )
+        finally:
+            os.close(log)
+            handle.leased.channel.close()
+
+    def _place(self, instance: Instance) -> Place:
+        assert instance.address is not None
+        uuids = instance.config.gpu_uuids
+        indices = None if uuids is None else tuple(self._resources.gpu_index[uuid] for uuid in uuids)
+        folder = self._resources.state.instance_folder(instance.key)
+        return Place(instance.address.host, instance.address.port, folder, indices)
+
+    def _discard(self, effect: fx.Discard) -> None:
+        handle = self._handles.pop(effect.id, None)
+        if handle is not None and handle.leased is not None:
+            handle.leased.channel.close()
+            with suppress(OSError):
+                signal.pidfd_send_signal(handle.pidfd, signal.SIGKILL)
+            with suppress(OSError):
+                os.close(handle.pidfd)
+            if handle.tree is not None:
+                self._spawn(self._kill_leftovers(handle.tree))
+        self._resources.remove_files(effect.id, effect.key)
+
+    async def _kill_leftovers(self, tree: Tree) -> None:
+        await self._resources.trees.kill(tree)
+
+    def _tree(self, instance: Instance) -> Tree:
+        assert instance.pid is not None and instance.start_ticks is not None
+        return Tree(instance.key, instance.pid, instance.start_ticks, self._resources.logs.path(instance.key))
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def adopt(self, instance: Instance, pidfd: int) -> None:
+        """Take over a server process that an earlier daemon started."""
+        handle = self._handles[instance.id] = Handle(pidfd=pidfd, tree=self._tree(instance))
+        self.follow_exit(instance.id, handle)
+
+    def follow_exit(self, instance_id: str, handle: Handle) -> None:
+        """Report the end of the server process, which makes its pidfd readable."""
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(handle.pidfd)
+            self._spawn(self._report_exit(instance_id, handle))
+
+        loop.add_reader(handle.pidfd, ended)
+
+    async def _report_exit(self, instance_id: str, handle: Handle) -> None:
+        code = await exit_status(handle)
+        os.close(handle.pidfd)
+        instance = self._instance(instance_id)
+        if instance is not None:
+            self._resources.ports.release(instance.key)
+            tail = await asyncio.to_thread(self._resources.logs.tail, instance.key, TAIL_BYTES)
+            engine = ENGINES[instance.config.engine]
+            model = instance.served.model if instance.served else None
+            port = instance.address.port if instance.address else None
+            failure = engine.failure(code, tail, model, port)
+            self._submit(ev.Exited(instance_id, code, failure))
+        handle.ended.set()
+
+    async def _watch(self, instance_id: str) -> None:
+        """Follow the log, and ask the server whether it is ready, until it is or is gone."""
+        instance = self._fleet.instances[instance_id]
+        assert instance.address is not None
+        engine = ENGINES[instance.config.engine]
+        reader, position = engine.phases(), 0
+        loop = asyncio.get_running_loop()
+        begun = probed = loop.time()
+        binding = False
+        while self._instance(instance_id) is instance and instance.state is State.STARTING:
+            chunk = self._resources.logs.read(instance.key, position)
+            position = chunk.start + len(chunk.data)
+            for seen in reader.feed(chunk.data):
+                self._submit(ev.PhaseSeen(instance_id, str(seen.phase), reader.progress))
+                binding = seen.phase in ("bind", "ready")
+            if binding or loop.time() - probed > PROBE_EVERY:
+                probed = loop.time()
+                if await probe.answers(instance.address, engine.health_path):
+                    self._resources.ports.release(instance.key)
+                    self._submit(ev.Answered(instance_id))
+                    return
+            await asyncio.sleep(min(max(FIRST_TICK, (loop.time() - begun) / 20), LONGEST_TICK))
+
+    # -- stop --------------------------------------------------------------------------------------------------
+
+    def _terminate(self, effect: fx.Terminate) -> None:
+        with suppress(OSError):
+            signal.pidfd_send_signal(self._handles[effect.id].pidfd, signal.SIGTERM)
+
+    def _kill_tree(self, effect: fx.KillTree) -> None:
+        handle = self._handles.setdefault(effect.id, Handle())
+        if handle.kill is None or handle.kill.done():
+            handle.kill = self._spawn(self._kill(self._fleet.instances[effect.id], handle))
+
+    async def _kill(self, instance: Instance, handle: Handle) -> None:
+        if instance.pid is not None and instance.start_ticks is not None:
+            left = await self._resources.trees.kill(self._tree(instance))
+            if left:
+                detail = ", ".join(f"{process.pid} ({process.name}, state {process.state})" for process in left)
+                self._submit(ev.TreeStuck(instance.id, detail))
+                return
+            if handle.pidfd >= 0:
+                # The process is gone, so its end is about to be reported; what follows builds on that.
+                await handle.ended.wait()
+        self._submit(ev.TreeGone(instance.id))
+
+    def _set_timer(self, effect: fx.SetTimer) -> None:
+        timers = self._handles[effect.id].timers
+        if effect.name in timers:
+            timers[effect.name].cancel()
+        event = ev.TimerFired(effect.id, effect.name)
+        timers[effect.name] = asyncio.get_running_loop().call_later(effect.seconds, self._submit, event)
+
+    def _clear_timers(self, effect: fx.ClearTimers) -> None:
+        handle = self._handles.get(effect.id)
+        if handle is not None:
+            for timer in handle.timers.values():
+                timer.cancel()
+            handle.timers.clear()
+
+    # -- telling and keeping -----------------------------------------------------------------------------------
+
+    def _save(self, instance_id: str) -> bool:
+        """Write an instance down; False where that failed and the instance may not go on without."""
+        instance = self._instance(instance_id)
+        if instance is None:
+            return True
+        try:
+            self._resources.journal.save(instance)
+        except StateError as problem:
+            if not instance.listed:
+                self._submit(ev.Refused(instance_id, LaunchError(str(problem))))
+                return False
+            if instance_id not in self._unsaved:
+                logger.error("%s (tried again until it works)", problem)
+            self._unsaved.add(instance_id)
+        else:
+            self._unsaved.discard(instance_id)
+        return True
+
+    def save_again(self) -> None:
+        """Try once more what could not be written."""
+        for instance_id in list(self._unsaved):
+            self._unsaved.discard(instance_id)
+            self._save(instance_id)
+
+    def _publish(self, effect: fx.Publish) -> None:
+        instance = effect.instance
+        line = self._resources.bus.publish(effect.kind, public(instance), instance.revision)
+        try:
+            self._resources.journal.append_event(instance.revision, line)
+        except StateError as problem:
+            logger.error("%s", problem)
+        logger.info("%s %s%s", effect.kind.lower(), instance.id, f": {instance.error.message}" if instance.error else "")
+
+    def _publish_state(self, effect: fx.PublishState) -> None:
+        if self._resources.bus.watchers:
+            document = {**public(effect.instance), "revision": self._fleet.revision}
+            self._resources.bus.publish_fine("STATE", document)
+
+    def _forget(self, effect: fx.Forget) -> None:
+        self._handles.pop(effect.id, None)
+        self._unsaved.discard(effect.id)
+        self._resources.remove_files(effect.id, effect.key)
+
+    def has_ended(self, instance_id: str) -> bool:
+        """Whether the server process has ended, or there is none."""
+        handle = self._handles.get(instance_id)
+        return handle is None or handle.pidfd < 0 or handle.ended.is_set()
+
+    async def close(self) -> None:
+        """Let go of everything; processes are left as they are."""
+        loop = asyncio.get_running_loop()
+        for instance_id, handle in self._handles.items():
+            self._clear_timers(fx.ClearTimers(instance_id))
+            if handle.pidfd >= 0 and not handle.ended.is_set():
+                with suppress(OSError, ValueError):
+                    loop.remove_reader(handle.pidfd)
+                    os.close(handle.pidfd)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def make_folder(place: Place) -> None:
+    """Make an instance's own folder.
+
+    Raises:
+        LaunchError: it cannot be made.
+    """
+    try:
+        place.folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as problem:
+        raise LaunchError(f"the folder {place.folder} cannot be made: {problem.strerror}; make room there") from problem
+
+
+async def exit_status(handle: Handle) -> int | None:
+    """How a process ended: told by the zygote, its parent; or read from the kernel where the zygote is gone and the
+    process has become a child of ours; None where neither saw it."""
+    if handle.leased is not None:
+        try:
+            status = await asyncio.wait_for(asyncio.shield(handle.leased.status), STATUS_SECONDS)
+        except TimeoutError:
+            status = None
+        if status is not None:
+            return status
+    try:
+        result = os.waitid(os.P_PIDFD, handle.pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if result is None:
+        return None
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def one_sentence(error: str) -> str:
+    """A parser's message on one line, without what pydantic adds for programmers and without values that it quotes."""
+    lines = [line.partition(" [type=")[0].strip() for line in error.splitlines()]
+    kept = [line for line in lines if line and not line.startswith("For further information")]
+    text = " ".join(kept)
+    head, unknown, words = text.partition("unrecognized arguments: ")
+    if unknown:
+        flags = [word.partition("=")[0] for word in words.split() if word.startswith("-")]
+        text = head + unknown + (" ".join(flags) or "words that are no options")
+    return text[:500]

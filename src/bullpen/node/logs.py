@@ -1,0 +1,126 @@
+"""Logs of instances: one file each, opened for append by the whole process tree, read by byte ranges.
+
+A cap frees the oldest bytes with ``fallocate`` (a hole is punched at the head of the file). The tree goes on writing to
+the same open file, offsets stay what they were and nothing new can be lost, which no rotation by copy or rename gives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bullpen.errors import LaunchError
+
+MAX_CHUNK = 1024 * 1024
+"""Bytes of one read at most."""
+FOLLOW_SECONDS = 0.2
+HOLE_BLOCK = 1024 * 1024
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of a log: ``start`` of the first one, ``total`` bytes ever written."""
+
+    data: bytes
+    start: int
+    total: int
+
+
+class Logs:
+    """The logs of one state directory.
+
+    Args:
+        folder: where they lie.
+        cap: bytes of a log that are kept on disk; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, cap: int) -> None:
+        self._folder = folder
+        self._cap = cap
+        self._dropped: dict[str, int] = {}
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        """The log of the instance with that key."""
+        return self._folder / f"{key}.log"
+
+    def create(self, key: str) -> int:
+        """Create a log and return a descriptor that appends to it.
+
+        Raises:
+            LaunchError: it cannot be created.
+        """
+        try:
+            return os.open(self.path(key), os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as problem:
+            raise LaunchError(f"no log can be written below {self._folder}: {problem.strerror}; make room there") from problem
+
+    def remove(self, key: str) -> None:
+        """Remove a log."""
+        self._dropped.pop(key, None)
+        self.path(key).unlink(missing_ok=True)
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Chunk:
+        """Read bytes from ``start`` up to and not including ``end``, `MAX_CHUNK` at most.
+
+        Where the oldest bytes are gone, reading begins with the first one kept.
+        """
+        try:
+            descriptor = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return Chunk(b"", 0, 0)
+        try:
+            total = os.fstat(descriptor).st_size
+            first = min(max(start, self._dropped.get(key, 0)), total)
+            last = total if end is None else min(end, total)
+            return Chunk(os.pread(descriptor, max(0, min(last - first, MAX_CHUNK)), first), first, total)
+        finally:
+            os.close(descriptor)
+
+    def tail(self, key: str, size: int) -> bytes:
+        """The last bytes of a log."""
+        total = self.read(key, 0, 0).total
+        return self.read(key, max(0, total - size)).data
+
+    async def follow(self, key: str, start: int, ended: Callable[[], bool]) -> AsyncIterator[bytes]:
+        """What is and will be in the log from ``start`` on, until ``ended`` says so and all of it was read."""
+        position = start
+        while True:
+            last_round = ended()
+            chunk = self.read(key, position)
+            if chunk.data:
+                position = chunk.start + len(chunk.data)
+                yield chunk.data
+            elif last_round:
+                return
+            else:
+                await asyncio.sleep(FOLLOW_SECONDS)
+
+    def enforce_cap(self, key: str) -> None:
+        """Free the oldest bytes of a log that has grown beyond the cap. Where the file system cannot, do nothing."""
+        if not self._cap:
+            return
+        try:
+            descriptor = os.open(self.path(key), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            total = os.fstat(descriptor).st_size
+            dropped = self._dropped.get(key, 0)
+            surplus = (total - dropped - self._cap) // HOLE_BLOCK * HOLE_BLOCK
+            if surplus > 0 and punch_hole(descriptor, dropped + surplus):
+                self._dropped[key] = dropped + surplus
+        finally:
+            os.close(descriptor)
+
+
+def punch_hole(descriptor: int, length: int) -> bool:
+    """Give the first ``length`` bytes of a file back to the file system; say whether it could."""
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    return bool(fallocate(descriptor, mode, ctypes.c_int64(0), ctypes.c_int64(length)) == 0)

@@ -1,0 +1,48 @@
+"""Everything outside its own memory that a supervisor works with."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from bullpen.errors import StateError
+from bullpen.node.bus import Bus
+from bullpen.node.cgroups import Cgroups
+from bullpen.node.gpus import Gpu
+from bullpen.node.journal import Journal
+from bullpen.node.logs import Logs
+from bullpen.node.ports import Ports
+from bullpen.node.settings import Settings
+from bullpen.node.statedir import StateDir
+from bullpen.node.trees import Trees
+from bullpen.node.zygotes import Zygotes
+
+
+@dataclass
+class Resources:
+    """What a supervisor holds, as one value."""
+
+    settings: Settings
+    state: StateDir
+    journal: Journal
+    bus: Bus
+    logs: Logs
+    ports: Ports
+    cgroups: Cgroups
+    trees: Trees
+    zygotes: Zygotes
+    gpus: list[Gpu] = field(default_factory=list)
+
+    @property
+    def gpu_index(self) -> dict[str, int]:
+        """The index of each accelerator by its UUID."""
+        return {gpu.uuid: gpu.index for gpu in self.gpus}
+
+    def remove_files(self, instance_id: str, key: str) -> None:
+        """Remove what the disk knows of an instance: journal entry, log, folder, cgroup; and its held port."""
+        self.ports.release(key)
+        self.logs.remove(key)
+        self.cgroups.remove(key)
+        self.state.remove_instance_folder(key)
+        with suppress(StateError):
+            self.journal.forget(instance_id)

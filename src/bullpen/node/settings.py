@@ -1,0 +1,115 @@
+"""The daemon's settings: one model, filled from the command line, the environment, a YAML file and defaults."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bullpen.errors import StateError
+from bullpen.node.statedir import default_state_dir
+
+PREFIX = "BULLPEN_"
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
+
+
+class Settings(BaseModel):
+    """What ``bullpen serve`` can be told. Each field is also a flag, a variable ``BULLPEN_…`` and a key of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = Field("0.0.0.0", description="address of the REST API")
+    port: int = Field(8001, ge=0, le=65535, description="port of the REST API; 0 picks one")
+    grpc_port: int | None = Field(None, ge=0, le=65535, description="reserved for the gRPC service; 0 turns it off")
+    state_dir: Path = Field(default_factory=default_state_dir, description="journal, logs, sockets, key")
+    engine: Literal["vllm", "sim"] | None = Field(None, description="engine of instances that name none")
+    engine_python: str = Field(sys.executable, description="interpreter that the engine runs in")
+    access_key: str | None = Field(None, repr=False, description="the admin key")
+    access_key_file: Path | None = Field(None, description="file that holds the admin key")
+    instance_host: str = Field("127.0.0.1", description="where servers listen whose options name no --host")
+    allow_unauthenticated: bool = Field(False, description="answer remote callers although no key is set")
+    mock_gpus: bool = Field(False, description="pretend to have GPUs named GPU-0 …")
+    mock_gpu_count: int = Field(8, ge=0, le=1024, description="how many")
+    allow_env: tuple[str, ...] = Field((), description="loader variables that instances may set all the same")
+    stop_timeout: float = Field(10.0, ge=0, description="seconds from SIGTERM to SIGKILL for an instance")
+    start_timeout: float = Field(1800.0, gt=0, description="seconds that one phase of a start may take")
+    on_exit: Literal["stop", "keep"] = Field("stop", description="what SIGTERM to the daemon does to instances")
+    spares: int = Field(1, ge=0, le=64, description="processes forked ahead")
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="of the daemon")
+    log_cap: int = Field(256 * 1024 * 1024, ge=0, description="bytes kept of each instance's log; 0 keeps all")
+
+
+def load(given: Mapping[str, Any], config: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Put the settings together: ``given`` (the command line) over the environment over the file over defaults.
+
+    Raises:
+        StateError: a source cannot be read, or holds a wrong value; the text names source and key.
+    """
+    if config is None and environ.get(PREFIX + "CONFIG"):
+        config = Path(environ[PREFIX + "CONFIG"])
+    layers = [("the command line", dict(given)), ("the environment", from_environment(environ))]
+    if config is not None:
+        layers.append((str(config), read_file(config)))
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, layer in layers:
+        for key, value in layer.items():
+            if value is not None and key not in merged:
+                merged[key], origin[key] = value, name
+    try:
+        settings = Settings.model_validate(merged)
+    except ValidationError as problem:
+        error = problem.errors(include_input=False)[0]
+        key = str(error["loc"][0]) if error["loc"] else "?"
+        raise StateError(f"{key.replace('_', '-')} in {origin.get(key, 'the settings')}: {error['msg']}") from None
+    return with_key(settings)
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that the environment holds; lists are separated by commas."""
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        text = environ.get(PREFIX + name.upper())
+        if text:
+            values[name] = tuple(text.split(",")) if name == "allow_env" else text
+    if "access_key" not in values and environ.get("VLLM_ACCESS_KEY"):
+        values["access_key"] = environ["VLLM_ACCESS_KEY"]
+    return values
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; keys are spelt as the flags are, with ``-`` or ``_``.
+
+    Raises:
+        StateError: it cannot be read, or is no mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise StateError(f"the configuration {path} cannot be read: {problem}") from problem
+    if not isinstance(content, dict):
+        raise StateError(f"the configuration {path} must hold `name: value` lines")
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    unknown = sorted(set(values) - set(Settings.model_fields))
+    if unknown:
+        raise StateError(f"the configuration {path} has unknown keys: {', '.join(unknown)}")
+    return values
+
+
+def with_key(settings: Settings) -> Settings:
+    """Read the key from its file where one is named."""
+    if settings.access_key_file is None:
+        return settings
+    try:
+        key = settings.access_key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise StateError(f"the access key file {settings.access_key_file} cannot be read: {problem}") from problem
+    if not key:
+        raise StateError(f"the access key file {settings.access_key_file} is empty")
+    return settings.model_copy(update={"access_key": key})

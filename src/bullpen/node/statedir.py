@@ -1,0 +1,97 @@
+"""The state directory: one daemon's journal, logs and key; and the short folder for its sockets."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from bullpen.errors import StateError
+
+LONGEST_SOCKET_FOLDER = 60
+"""Bytes: a Unix socket's path has 107, and vLLM adds names of its own."""
+
+
+def default_state_dir() -> Path:
+    """``$XDG_STATE_HOME/bullpen``, as the XDG base directory specification has it."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "bullpen"
+
+
+class StateDir:
+    """A state directory, locked for one daemon as long as this object is open.
+
+    Raises:
+        StateError: it cannot be made or written, or another daemon has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+            self._lock = self._take_lock()
+            self.sockets = self._socket_folder()
+        except OSError as problem:
+            raise StateError(
+                f"the state directory {self.path} cannot be used: {problem.strerror or problem};"
+                " make it writable, or give another one with --state-dir"
+            ) from problem
+
+    @property
+    def journal(self) -> Path:
+        """The journal's file."""
+        return self.path / "journal.sqlite"
+
+    @property
+    def logs(self) -> Path:
+        """Where the instances' logs are."""
+        return self.path / "logs"
+
+    @property
+    def access_key(self) -> Path:
+        """Where the key is left for the commands on this host."""
+        return self.path / "access_key"
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.path / "daemon.pid", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise StateError(
+                f"another Bullpen (pid {pid}) uses the state directory {self.path};"
+                " stop it, or give this one its own with --state-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        return descriptor
+
+    def _socket_folder(self) -> Path:
+        folder = self.path / "run"
+        if len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
+            digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
+            folder = Path(tempfile.gettempdir()) / f"bullpen-{os.getuid()}-{digest}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.getuid():
+            raise StateError(f"{folder} belongs to somebody else; remove it, or give another --state-dir")
+        folder.chmod(0o700)
+        return folder
+
+    def instance_folder(self, key: str) -> Path:
+        """The folder for an instance's own sockets. Its name is short, for paths of sockets are."""
+        return self.sockets / key[:12]
+
+    def remove_instance_folder(self, key: str) -> None:
+        """Remove an instance's folder."""
+        shutil.rmtree(self.instance_folder(key), ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another daemon have it."""
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)

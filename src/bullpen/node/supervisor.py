@@ -1,0 +1,344 @@
+"""The supervisor: the one way in. Requests become events, the fleet decides, the executor carries out.
+
+Everything here runs on one event loop, so an event is handled whole before the next one; that is what makes the fleet
+the only writer. Callers await the answer to their request; reads of the fleet need no waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import logging
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bullpen.core import effects as fx
+from bullpen.core import events as ev
+from bullpen.core import request
+from bullpen.core.fleet import Fleet
+from bullpen.core.instance import Config, Instance
+from bullpen.core.public import public
+from bullpen.engines.crash import CrashClass, Failure
+from bullpen.engines.registry import ENGINES
+from bullpen.errors import LaunchError, NotFoundError, StateError
+from bullpen.node import gpus
+from bullpen.node.bus import Bus, encode
+from bullpen.node.cgroups import Cgroups
+from bullpen.node.executor import Executor
+from bullpen.node.journal import Journal
+from bullpen.node.logs import Chunk, Logs
+from bullpen.node.ports import Ports
+from bullpen.node.resources import Resources
+from bullpen.node.settings import Settings
+from bullpen.node.statedir import StateDir
+from bullpen.node.trees import Trees, read_process
+from bullpen.node.zygotes import Zygotes
+
+logger = logging.getLogger("bullpen")
+
+PR_SET_CHILD_SUBREAPER = 36
+KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
+"""Never inherited by an engine."""
+HOUSEKEEPING_SECONDS = 2.0
+GPU_SECONDS = 10.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Supervisor:
+    """All instances of this node.
+
+    Args:
+        settings: what the operator wants.
+
+    Raises:
+        StateError: the engine is missing, or the state directory cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = choose_engine(settings)
+        self._state = StateDir(settings.state_dir)
+        self._events: deque[ev.Event] = deque()
+        self._handling = False
+        self._requests = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[tuple[Instance, str]]] = {}
+        self._closing = False
+        self._housekeeping: asyncio.Task[None] | None = None
+        self.fleet: Fleet
+        self.resources: Resources
+        self._executor: Executor
+
+    @property
+    def bus(self) -> Bus:
+        """The events."""
+        return self.resources.bus
+
+    async def start(self) -> None:
+        """Warm the engine in the background, and adopt what an earlier daemon left running.
+
+        Raises:
+            StateError: the state directory or the accelerators cannot be used.
+        """
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        zygotes = self._make_zygotes()
+        with suppress(LaunchError):
+            zygotes.get(self.engine, {})
+        journal = Journal(self._state.journal)
+        events = journal.events()
+        revision = events[-1][0] if events else 0
+        cgroups = Cgroups(self._state.sockets.name if self._state.sockets.name != "run" else fingerprint(self._state.path))
+        self.resources = Resources(
+            settings=self.settings,
+            state=self._state,
+            journal=journal,
+            bus=Bus(revision, events),
+            logs=Logs(self._state.logs, self.settings.log_cap),
+            ports=Ports(),
+            cgroups=cgroups,
+            trees=Trees(cgroups),
+            zygotes=zygotes,
+            gpus=await self._find_gpus(),
+        )
+        self.fleet = Fleet(
+            gpus=[gpu.uuid for gpu in self.resources.gpus],
+            instance_host=self.settings.instance_host,
+            start_timeout=self.settings.start_timeout,
+            revision=revision,
+        )
+        self._executor = Executor(self.fleet, self.resources, self.submit, self._answer)
+        self._adopt_all()
+        self._housekeeping = asyncio.ensure_future(self._keep_house())
+
+    def _make_zygotes(self) -> Zygotes:
+        environment = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
+        pythons = {name: self.settings.engine_python for name in ENGINES}
+        logs = self._state.logs
+        logs.mkdir(mode=0o700, exist_ok=True)
+        return Zygotes(pythons, environment, self._state.sockets, logs, self.settings.spares)
+
+    async def _find_gpus(self) -> list[gpus.Gpu]:
+        if self.settings.mock_gpus:
+            return gpus.mock_gpus(self.settings.mock_gpu_count)
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(gpus.nvidia_gpus), GPU_SECONDS)
+        except TimeoutError:
+            raise StateError(f"the NVIDIA driver does not answer within {GPU_SECONDS:.0f} s; `nvidia-smi` may say more") from None
+
+    # -- events ------------------------------------------------------------------------------------------------
+
+    def submit(self, event: ev.Event) -> None:
+        """Let the fleet handle an event; those that effects bring about at once come after it, in order."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                effects = self.fleet.handle(self._events.popleft(), time.time())
+                self._executor.carry_out(effects)
+        finally:
+            self._handling = False
+
+    def _answer(self, reply: fx.Reply) -> None:
+        waiting = self._waiting.pop(reply.request, None)
+        if waiting is None or waiting.done():
+            return
+        if reply.error is not None:
+            waiting.set_exception(reply.error)
+        elif reply.instance is not None:
+            waiting.set_result((reply.instance, reply.status))
+
+    async def _ask(self, event: ev.Create | ev.Stop) -> tuple[Instance, str]:
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting[event.request] = waiting
+        self.submit(event)
+        result: tuple[Instance, str] = await waiting
+        return result
+
+    # -- what callers do ---------------------------------------------------------------------------------------
+
+    def read_config(self, options: str, engine: str | None = None, **fields: Any) -> Config:
+        """A configuration from a request's fields; see `request.read_config`.
+
+        Raises:
+            InvalidRequestError: a field can never work.
+        """
+        allowed = self.settings.allow_env
+        return request.read_config(options, engine=engine or self.engine, allowed=allowed, **fields)
+
+    async def create(self, config: Config, instance_id: str | None = None) -> Instance:
+        """Create an instance; it has been started, and is seen by watchers, when this returns.
+
+        Raises:
+            InvalidRequestError: the id, or the options by the engine's own word, can never work.
+            ConflictError: the id, a port or a GPU is another's.
+            LaunchError: no process could be made, or the daemon is ending.
+        """
+        instance_id = str(uuid.uuid4()) if instance_id is None else request.check_id(instance_id)
+        if self._closing:
+            raise LaunchError("this daemon is ending; ask again when it is back")
+        instance, _ = await self._ask(ev.Create(next(self._requests), instance_id, uuid.uuid4().hex, config))
+        return instance
+
+    async def stop(self, instance_id: str, timeout: float | None = None) -> tuple[Instance, str]:
+        """Stop and remove an instance; no process of it lives when this returns.
+
+        Args:
+            instance_id: which one.
+            timeout: seconds from SIGTERM to SIGKILL; the daemon's setting where None.
+
+        Returns:
+            The instance as it was, and ``terminated`` or ``not_running``.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            StuckError: processes outlive SIGKILL.
+        """
+        seconds = self.settings.stop_timeout if timeout is None else timeout
+        return await self._ask(ev.Stop(next(self._requests), instance_id, seconds))
+
+    async def stop_all(self, timeout: float | None = None) -> list[tuple[Instance, str]]:
+        """Stop and remove all instances, side by side; one that another caller removes meanwhile is left out.
+
+        Raises:
+            StuckError: processes of one outlive SIGKILL; the others are stopped all the same.
+        """
+        ids = [instance.id for instance in self.fleet.listed()]
+        outcomes = await asyncio.gather(*(self.stop(instance_id, timeout) for instance_id in ids), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, NotFoundError):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+    def read_log(self, instance_id: str, start: int = 0, end: int | None = None) -> Chunk:
+        """Bytes of an instance's log.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        return self.resources.logs.read(self.fleet.get(instance_id).key, start, end)
+
+    def follow_log(self, instance_id: str, start: int = 0) -> AsyncIterator[bytes]:
+        """An instance's log as it grows, to the end of its server process.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        instance = self.fleet.get(instance_id)
+        return self.resources.logs.follow(
+            instance.key, start, lambda: self._closing or self._executor.has_ended(instance_id)
+        )
+
+    def watch(self, since: int | None, *, fine: bool) -> AsyncIterator[str]:
+        """Events: those after ``since``, or what exists now as CREATED lines, and then what happens.
+
+        Raises:
+            RevisionGoneError: the events after ``since`` cannot be given.
+        """
+        if since is not None:
+            first = self.bus.missed(since)
+        else:
+            first = [encode("CREATED", public(instance)) for instance in self.fleet.listed()]
+        return self.bus.subscribe(first, fine=fine)
+
+    def readiness(self) -> dict[str, Any]:
+        """Whether instances can be forked: ``ready``, and each zygote's state."""
+        zygotes = [
+            {"engine": zygote.command.engine, "pid": zygote.pid, "environment": sorted(dict(zygote.command.early)), **zygote.warmth.describe()}
+            for zygote in self.resources.zygotes.all()
+        ]
+        ready = any(zygote["engine"] == self.engine and zygote["state"] == "warm" for zygote in zygotes)
+        waiting = sum(not instance.listed for instance in self.fleet.instances.values())
+        return {"ready": ready and not self._closing, "engine": self.engine, "zygotes": zygotes, "waiting": waiting}
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def _adopt_all(self) -> None:
+        journal = self.resources.journal
+        boot = BOOT_ID.read_text().strip()
+        same_boot = journal.fact("boot_id") == boot
+        journal.set_fact("boot_id", boot)
+        for instance in journal.instances():
+            pidfd = open_process(instance) if same_boot else None
+            if pidfd is not None and instance.listed:
+                self._executor.adopt(instance, pidfd)
+                logger.info("adopted %s (pid %s, %s)", instance.id, instance.pid, instance.state)
+            elif pidfd is not None:
+                os.close(pidfd)
+            effects = self.fleet.restore(instance)
+            if pidfd is None and instance.listed and instance.ended_at is None:
+                failure = Failure(CrashClass.UNKNOWN, "it ended while no daemon was watching; its log may say why")
+                self.submit(ev.Exited(instance.id, None, failure))
+            else:
+                self._executor.carry_out(effects)
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+            self._executor.save_again()
+            for instance in self.fleet.listed():
+                self.resources.logs.enforce_cap(instance.key)
+
+    def begin_shutdown(self) -> None:
+        """End every stream and take no new instances; `close` does the rest. May be called more than once."""
+        self._closing = True
+        self.bus.close()
+
+    async def close(self) -> None:
+        """Stop everything (or leave the instances, where so set) and let go of the state directory."""
+        self.begin_shutdown()
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+        if self.settings.on_exit == "stop":
+            for instance in list(self.fleet.instances.values()):
+                if not instance.listed:
+                    self.submit(ev.Refused(instance.id, LaunchError("this daemon is ending; ask again when it is back")))
+            for outcome in await asyncio.gather(self.stop_all(), return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    logger.error("%s", outcome)
+        await self.resources.zygotes.close()
+        await self._executor.close()
+        self.resources.journal.close()
+        self.resources.cgroups.close()
+        self._state.close()
+
+
+def choose_engine(settings: Settings) -> str:
+    """The default engine.
+
+    Raises:
+        StateError: none was chosen and vLLM is missing; the text says how to install it.
+    """
+    if settings.engine is not None:
+        return settings.engine
+    missing = ENGINES["vllm"].missing(settings.engine_python)
+    if missing:
+        raise StateError(missing)
+    return "vllm"
+
+
+def open_process(instance: Instance) -> int | None:
+    """A pidfd of an instance's server process, where that very process still lives."""
+    if instance.pid is None:
+        return None
+    try:
+        pidfd = os.pidfd_open(instance.pid)
+    except OSError:
+        return None
+    process = read_process(instance.pid)
+    if process is None or process.start_ticks != instance.start_ticks or process.state in "ZX":
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def fingerprint(path: Path) -> str:
+    """A short name for a state directory."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, str(path)).hex[:12]

@@ -1,0 +1,87 @@
+"""The application: the faces, the errors, the access rules and the supervisor's life around them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
+from typing import Any
+
+from fastapi import FastAPI
+
+from bullpen import __version__
+from bullpen.node.settings import Settings
+from bullpen.node.supervisor import Supervisor
+from bullpen.web import access, errors, system, v1, v2
+
+DESCRIPTION = """
+vLLM servers, forked from a warm parent in under a second, and managed over REST.
+
+`POST /v2/vllm/instances` starts one; watch it under `/v2/vllm/instances/watch`; talk to it at its `url`.
+"""
+
+
+def create_app(settings: Settings, supervisor: Supervisor | None = None) -> FastAPI:
+    """The daemon as an ASGI application.
+
+    Args:
+        settings: the daemon's settings.
+        supervisor: one that has started, whose end its owner sees to; where None, the application's lifespan is that
+            of a supervisor of its own.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        own = None
+        if supervisor is None:
+            own = Supervisor(settings)
+            await own.start()
+        app.state.supervisor = supervisor or own
+        try:
+            with ending_streams_on_signal(app.state.supervisor):
+                yield
+        finally:
+            if own is not None:
+                await own.close()
+
+    app = FastAPI(
+        title="Bullpen",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    for face in (system, v2, v1):
+        app.include_router(face.router)
+    errors.install(app)
+    app.add_middleware(access.Access, key=settings.access_key, allow_unauthenticated=settings.allow_unauthenticated)
+    return app
+
+
+@contextmanager
+def ending_streams_on_signal(supervisor: Supervisor) -> Iterator[None]:
+    """At SIGTERM or SIGINT end the open streams, and then do what the server does.
+
+    A server waits for open connections before it ends the lifespan; a watch would hold it up for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    before: dict[int, Any] = {}
+
+    def end_streams(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(supervisor.begin_shutdown)
+        if callable(before[number]):
+            before[number](number, frame)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, end_streams)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""Bullpen's errors as HTTP replies, in the shape that FastAPI's users know: ``{"detail": …}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, NotFoundError
+from bullpen.node.bus import RevisionGoneError
+from bullpen.web import models
+
+STATUS: Mapping[type[BullpenError], int] = {
+    InvalidRequestError: 422,
+    ConflictError: 409,
+    NotFoundError: 404,
+    RevisionGoneError: 410,
+}
+"""All others are 500: a `LaunchError`, a `StuckError`, a `StateError`."""
+
+MEANING = {
+    400: "the request cannot be read",
+    404: "there is no such instance",
+    409: "id, port or GPU belongs to another instance, which is named",
+    410: "the events after that revision are not kept any more, or have not happened",
+    416: "the log is not that long",
+    422: "body, options or id can never work",
+    500: "no process could be made",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Let an app answer with these errors."""
+    app.add_exception_handler(BullpenError, on_bullpen_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+
+
+async def on_bullpen_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer with the error's own sentence."""
+    if isinstance(error, InvalidRequestError):
+        location = ["path" if error.field == "instance_id" else "body", error.field]
+        return problems([{"type": error.kind, "loc": location, "msg": str(error)}])
+    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    return JSONResponse({"detail": str(error)}, status)
+
+
+async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer with what is wrong and where, never with the input: it may hold a secret, or no valid Unicode."""
+    assert isinstance(error, RequestValidationError)
+    return problems([{"type": one["type"], "loc": one["loc"], "msg": one["msg"]} for one in error.errors()])
+
+
+def problems(found: Sequence[Mapping[str, Any]]) -> JSONResponse:
+    """A 422; place names come from the request, so they are made plain."""
+    detail = [
+        {
+            "type": one["type"],
+            "loc": [part if isinstance(part, int) else plain(str(part)) for part in one["loc"]],
+            "msg": plain(str(one["msg"])),
+        }
+        for one in found
+    ]
+    return JSONResponse({"detail": detail}, 422)
+
+
+def plain(text: str) -> str:
+    """Text that can be sent: what is no valid Unicode is written as an escape, and it is not endless."""
+    return text.encode("utf-8", "backslashreplace").decode()[:1000]
+
+
+def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The error replies of a route, for the OpenAPI document."""
+    return {code: {"model": models.Problems if code == 422 else models.Detail, "description": MEANING[code]} for code in codes}

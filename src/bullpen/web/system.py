@@ -1,0 +1,62 @@
+"""What is asked of the daemon itself: is it alive, can it launch, what is it."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from bullpen.web import models
+from bullpen.web.v2 import supervisor_of
+
+router = APIRouter(tags=["the daemon"])
+
+INDEX = {
+    "name": "Multi-Instance vLLM Management API",
+    "version": "2.0",
+    "endpoints": {
+        "index": "GET /",
+        "health": "GET /health",
+        "ready": "GET /ready",
+        "create_instance": "POST /v2/vllm/instances",
+        "create_named_instance": "PUT /v2/vllm/instances/{instance_id}",
+        "delete_instance": "DELETE /v2/vllm/instances/{instance_id}",
+        "delete_all_instances": "DELETE /v2/vllm/instances",
+        "get_instance_status": "GET /v2/vllm/instances/{instance_id}",
+        "get_all_instances": "GET /v2/vllm/instances",
+        "get_instance_logs": "GET /v2/vllm/instances/{instance_id}/log",
+        "watch_instances": "GET /v2/vllm/instances/watch",
+        "v1_start": "POST /v1/vllm",
+        "v1_stop": "DELETE /v1/vllm",
+        "v1_status": "GET /v1/vllm",
+        "openapi": "GET /openapi.json",
+    },
+}
+
+
+@router.get("/", summary="What this is; a browser gets the page")
+async def index(request: Request) -> Response:
+    """The name, the version and the endpoints."""
+    if "text/html" in request.headers.get("accept", ""):
+        return HTMLResponse(resources.files("bullpen.web").joinpath("page.html").read_text(encoding="utf-8"))
+    return JSONResponse(INDEX)
+
+
+@router.get("/health", response_model=models.Health, summary="The daemon lives, whatever its instances do")
+async def health() -> Response:
+    """Answer anyone."""
+    return JSONResponse({"status": "OK"})
+
+
+@router.get(
+    "/ready",
+    response_model=models.Readiness,
+    responses={503: {"model": models.Readiness, "description": "the engine is being imported, or cannot be"}},
+    summary="The daemon can launch: its warm parent is up",
+)
+async def ready(request: Request) -> Response:
+    """Answer anyone; say how far each zygote is to those who may know."""
+    readiness = supervisor_of(request).readiness()
+    shown = readiness if request.scope.get("bullpen_admin") else {"ready": readiness["ready"]}
+    return JSONResponse(shown, 200 if readiness["ready"] else 503)

@@ -1,0 +1,46 @@
+"""May this process fork now? A fork copies one thread and no accelerator context, so it must have just those."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+CONTEXT_DEVICES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/davinci", "/dev/accel/")
+"""Device files that an accelerator context holds open. NVML opens other ones (``/dev/nvidiactl``, ``/dev/nvidia0``)
+and survives a fork."""
+
+
+def reason_not_to_fork() -> str | None:
+    """Why a fork would give a broken child, in one sentence; None where it is safe."""
+    return extra_threads() or accelerator_context()
+
+
+def extra_threads() -> str | None:
+    """Say which threads run beside the main one, Python's and C's."""
+    tasks = os.listdir("/proc/self/task")  # noqa: PTH208 - on the path of every fork: no Path objects
+    if len(tasks) == 1:
+        return None
+    python = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    native = len(tasks) - 1 - len(python)
+    parts = [f"Python threads {', '.join(python)}"] if python else []
+    parts += [f"{native} native thread{'s' if native > 1 else ''}"] if native > 0 else []
+    return f"{' and '.join(parts)} run beside the main one"
+
+
+def accelerator_context() -> str | None:
+    """Say where this process holds an accelerator context, which no child of a fork could use."""
+    torch = sys.modules.get("torch")
+    for backend in ("cuda", "xpu"):
+        module = getattr(torch, backend, None)
+        if module is not None and module.is_initialized():
+            return f"torch.{backend} is initialised"
+    for descriptor in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            target = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        except OSError:
+            continue
+        if target.startswith(CONTEXT_DEVICES):
+            return f"{target} is open"
+    return None

@@ -1,0 +1,80 @@
+"""The zygote's command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from bullpen.zygote import boot, child, worlds
+from bullpen.zygote.preload import ModuleReport, PreloadReport
+from bullpen.zygote.server import Zygote, listen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a zygote, or (``--channel``) one process that a zygote could not fork."""
+    options = parse(arguments)
+    world = worlds.load(options.engine)
+    if options.channel is not None:
+        return run_spawned(world, options.channel)
+    listener = open_listener(options)
+    if listener is None:
+        return 2
+    zygote = Zygote(
+        options.engine,
+        world,
+        listener,
+        spares=options.spares,
+        exit_with_client=options.exit_with_client,
+        spawn_command=[sys.executable, str(boot.__file__), "--engine", options.engine],
+    )
+    code = zygote.run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: an engine's native libraries complain about what they leave behind.
+    os._exit(code)
+
+
+def open_listener(options: argparse.Namespace) -> socket.socket | None:
+    """The socket to listen on: inherited from whoever started us, or a new one."""
+    if options.listener is not None:
+        return socket.socket(fileno=options.listener)
+    path = options.socket or Path(tempfile.mkdtemp(prefix="bullpen-zygote-")) / "zygote.sock"
+    try:
+        listener = listen(path)
+    except OSError as problem:
+        print(f"bullpen zygote: cannot listen on {path}: {problem}", file=sys.stderr)
+        return None
+    print(f"bullpen zygote: engine {options.engine}, listening on {path}", flush=True)
+    return listener
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bullpen.zygote",
+        description="Import an engine once and fork servers from that warm state over a Unix socket.",
+    )
+    parser.add_argument("--engine", required=True, choices=worlds.NAMES, help="what to import")
+    parser.add_argument("--socket", type=Path, help="where to listen (a directory of mode 0700; default: a new one)")
+    parser.add_argument("--spares", type=int, default=1, help="processes to keep forked ahead (default: 1)")
+    parser.add_argument("--exit-with-client", action="store_true", help="end when the last client hangs up")
+    parser.add_argument("--listener", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run_spawned(world: worlds.World, descriptor: int) -> int:
+    """Be a leased process in a fresh interpreter: import first, then wait for the configuration."""
+    channel = socket.socket(fileno=descriptor)
+    child.detach(channel)
+
+    def ignore(module: ModuleReport, done: int, total: int) -> None:
+        """Nobody watches this import."""
+
+    world.preload(PreloadReport(), ignore)
+    child.live(world, channel)

@@ -1,0 +1,50 @@
+"""The simulator's world: nothing to import but itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bullpen.zygote.preload import PreloadReport, Progress, import_modules
+from bullpen.zygote.worlds import OptionsError
+
+MODULES = ("asyncio", "bullpen.sim.options", "bullpen.sim.server")
+
+
+class SimWorld:
+    """The simulator as the zygote sees it."""
+
+    early_environment: Mapping[str, str] = {}
+
+    def preload(self, report: PreloadReport, progress: Progress) -> dict[str, Any]:
+        """Import the simulator's server."""
+        import_modules(MODULES, report, progress)
+        from bullpen import __version__
+
+        return {"version": __version__}
+
+    def check(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Read a command line with the simulator's parser."""
+        from bullpen.sim import options
+
+        try:
+            parsed = options.parse(argv)
+        except options.OptionsError as problem:
+            raise OptionsError(str(problem)) from problem
+        return {
+            "model": parsed.model,
+            "port": parsed.port,
+            "host": parsed.host,
+            "uds": parsed.uds,
+            "tls": False,
+            "served_model_names": list(parsed.served_model_names),
+        }
+
+    def serve(self, argv: Sequence[str], user_environment: Mapping[str, str]) -> int:
+        """Run the simulator's server."""
+        from bullpen.sim import server
+
+        return int(server.run(argv) or 0)
+
+
+world = SimWorld()

@@ -1,0 +1,152 @@
+"""vLLM's world: what to import ahead, how to read its command line, how to run its server.
+
+Names inside vLLM move between versions. This file uses the highest stable entry, ``ServeSubcommand``, for the parser,
+the checks and the server alike; what else depends on a version is in ``vllm_fork`` and in ``vllm_modules.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bullpen.zygote.preload import PreloadReport, Progress, import_module, import_modules, read_module_list
+from bullpen.zygote.worlds import OptionsError, vllm_fork
+
+ENTRY_MODULES = ("torch", "vllm", "vllm.entrypoints.cli.serve")
+"""Without these there is no server; a failure here breaks the zygote."""
+MODULE_LIST = Path(__file__).with_name("vllm_modules.txt")
+
+SINGLE_THREAD_AT_IMPORT = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+"""Libraries that would start a pool of native threads when imported; unset again once they are."""
+
+
+class VllmWorld:
+    """vLLM as the zygote sees it."""
+
+    early_environment: Mapping[str, str] = dict.fromkeys(SINGLE_THREAD_AT_IMPORT, "1")
+
+    def __init__(self) -> None:
+        self._parser: argparse.ArgumentParser | None = None
+        self._torch_threads = 1
+
+    def preload(self, report: PreloadReport, progress: Progress) -> dict[str, Any]:
+        """Import vLLM and everything its start-up imports lazily, and build what every server builds anew."""
+        names = read_module_list(MODULE_LIST.read_text().splitlines())
+        self._import_torch(report, progress, len(names))
+        import_modules(ENTRY_MODULES, report, progress)
+        broken = [module for module in report.modules if module.name in ENTRY_MODULES and module.error]
+        if broken:
+            raise ImportError(f"{broken[0].name} cannot be imported: {broken[0].error}")
+        import_modules(names, report, progress)
+        self._parser = build_parser()
+        vllm_fork.prepare_parent()
+        for name in self.early_environment:
+            os.environ.pop(name, None)
+        return facts()
+
+    def _import_torch(self, report: PreloadReport, progress: Progress, total: int) -> None:
+        """Import torch first and keep it at one thread: a parallel operation before a fork hangs the child."""
+        torch_report = import_module("torch")
+        report.modules.append(torch_report)
+        report.seconds += torch_report.seconds
+        progress(torch_report, 0, total)
+        if torch_report.error:
+            raise ImportError(f"torch cannot be imported: {torch_report.error}")
+        import torch
+
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def check(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Have vLLM's own parser and its checks read a command line."""
+        arguments = self._parse(argv)
+        model = arguments.model_tag or arguments.model
+        if not model:
+            raise OptionsError("no model: give --model NAME, or the name as the first word")
+        if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+            raise OptionsError(f"argument --model: there is nothing at {model}")
+        names = arguments.served_model_name or [model]
+        return {
+            "model": model,
+            "port": arguments.port,
+            "host": arguments.host,
+            "uds": arguments.uds,
+            "tls": bool(arguments.ssl_certfile),
+            "served_model_names": [names] if isinstance(names, str) else list(names),
+        }
+
+    def _parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+
+        assert self._parser is not None, "preload comes first"
+        # The defaults are vLLM's own (a model of its choice, port 8000): what counts is what the user gave.
+        self._parser.set_defaults(model=None, port=None)
+        try:
+            arguments = self._parser.parse_args(list(argv))
+            chosen, arguments.port = arguments.port, arguments.port or 0
+            ServeSubcommand().validate(arguments)
+            arguments.port = chosen
+        except SystemExit as end:
+            raise OptionsError("this option prints something and ends; it starts no server") from end
+        except (ValueError, TypeError, argparse.ArgumentTypeError, OSError) as problem:
+            raise OptionsError(str(problem) or type(problem).__name__) from problem
+        return arguments
+
+    def serve(self, argv: Sequence[str], user_environment: Mapping[str, str]) -> int:
+        """Run ``vllm serve`` in this process; every process of its tree is forked from here."""
+        import torch
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+
+        torch.set_num_threads(positive_number(os.environ.get("OMP_NUM_THREADS")) or self._torch_threads)
+        vllm_fork.prepare_server(user_environment)
+        sys.argv = ["vllm", "serve", *argv]
+        assert self._parser is not None, "preload comes first"
+        arguments = self._parser.parse_args(list(argv))
+        command = ServeSubcommand()
+        command.validate(arguments)
+        command.cmd(arguments)
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """``vllm serve``'s parser, whose refusals are `OptionsError` and not an end of the process."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError:  # before 0.12
+        from vllm.utils import FlexibleArgumentParser
+
+    commands = FlexibleArgumentParser(prog="vllm").add_subparsers()
+    parser: argparse.ArgumentParser = ServeSubcommand().subparser_init(commands)
+
+    def refuse(message: str) -> None:
+        raise OptionsError(message)
+
+    parser.error = refuse  # type: ignore[method-assign,assignment]
+    return parser
+
+
+def positive_number(text: str | None) -> int | None:
+    """The number that ``text`` says, where it says one above zero."""
+    return int(text) if text and text.isdecimal() and int(text) > 0 else None
+
+
+def facts() -> dict[str, Any]:
+    """What a user may want to know of this vLLM."""
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "version": vllm.__version__,
+        "platform": str(current_platform.device_type),
+        "torch": torch.__version__,
+    }
+
+
+world = VllmWorld()
