@@ -23,7 +23,7 @@ fail() {
 step() { # what, command...
     local what=$1 log started=$SECONDS status=0
     shift
-    log=$(mktemp)
+    log=$(mktemp -t bullpen-setup.XXXXXX)
     "$@" 2>&1 </dev/null | tee "$log" | show_progress "$what" || status=$?
     if ((status != 0)); then
         tail -n 25 "$log" | grep -v '^WARNING: Location ' >&2 || true

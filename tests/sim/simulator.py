@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -21,7 +22,7 @@ DEADLINE_SECONDS = 20.0
 T = TypeVar("T")
 
 
-def wait_for(what: str, probe: Callable[[], T]) -> T:
+def wait_for(what: str, probe: Callable[[], T | None]) -> T:
     """Call `probe` until it returns something true; fail when that takes too long."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not (value := probe()):
@@ -157,7 +158,11 @@ class Simulator:
         self.process.wait(DEADLINE_SECONDS)
         for pid in filter(_is_ours, pids):
             os.kill(pid, signal.SIGKILL)
-            wait_for("the engine child is gone", lambda pid=pid: not is_alive(pid))
+            wait_for("the engine child is gone", partial(_is_dead, pid))
+
+
+def _is_dead(pid: int) -> bool:
+    return not is_alive(pid)
 
 
 def _is_ours(pid: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionMessageParam
 
 from tests.sim.simulator import Simulator, wait_for
 
@@ -110,11 +111,16 @@ def test_chat(shared: Simulator) -> None:
 
 def test_the_openai_client_understands_the_answers(shared: Simulator) -> None:
     with openai.OpenAI(base_url=f"{shared.url}/v1", api_key="any", max_retries=0) as client:
-        parts = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
-        messages = [{"role": "user", "content": parts}]
-        whole = client.chat.completions.create(model="one", messages=messages, max_tokens=4)  # type: ignore[call-overload]
-        stream = client.chat.completions.create(model="one", messages=messages, max_tokens=4, stream=True)  # type: ignore[call-overload]
-        assert "".join(piece.choices[0].delta.content for piece in stream) == whole.choices[0].message.content
+        parts: list[ChatCompletionContentPartParam] = [
+            {"type": "text", "text": "hi"},
+            {"type": "image_url", "image_url": {"url": "data:,"}},
+        ]
+        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": parts}]
+        whole = client.chat.completions.create(model="one", messages=messages, max_tokens=4)
+        with client.chat.completions.create(model="one", messages=messages, max_tokens=4, stream=True) as stream:
+            pieces = [piece.choices[0].delta.content or "" for piece in stream]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert len(pieces) == 5
         vectors = client.embeddings.create(model="one", input=["a", "b"])
         assert [len(item.embedding) for item in vectors.data] == [32, 32]
         with pytest.raises(openai.NotFoundError):

@@ -104,11 +104,8 @@ def test_sleep_modes(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
 def test_operations_take_their_time_and_do_not_block_the_rest(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     with Simulator.serving(tmp_path, sleep_seconds=0.3, wake_seconds=0.2) as simulator:
         asleep = threads.submit(httpx.post, f"{simulator.url}/sleep", timeout=DEADLINE_SECONDS, trust_env=False)
-        in_flight = ("vllm:sleep_mode_operations_in_flight{", 'operation="sleep"} 1.0')
-        page = wait_for(
-            "it is under way", lambda: (p := simulator.http.get("/metrics").text) and in_flight[1] in p and p
-        )
-        assert in_flight[0] in page
+        sample = 'vllm:sleep_mode_operations_in_flight{operation="sleep"} 1.0'
+        wait_for("it is under way", lambda: sample in simulator.http.get("/metrics").text)
         assert simulator.http.get("/health").status_code == 200
         assert not asleep.done()
         assert asleep.result(DEADLINE_SECONDS).elapsed.total_seconds() >= 0.3

@@ -36,7 +36,7 @@ _WRAPPERS = (
 _WORKER_FAILED = re.compile(r"Worker failed with error '(?P<error>.*)', please check the", re.DOTALL)
 _CORE_FAILED = ("EngineCore failed to start.", "EngineCore encountered a fatal error.")
 _CHILD_DIED = re.compile(r"(?:Worker|Engine core) proc (?P<name>\S+) died unexpectedly \(exit code: (?P<code>-?\d+)\)")
-_CORES_DIED = re.compile(r"Failed core proc\(s\): \{'(?P<name>[^']+)': (?P<code>-?\d+)")
+_CORES_DIED = re.compile(r"Failed core proc\(s\): \{'(?P<name>[^']+)': (?P<code>-\d+)")
 _CORE_LOST = "engine core exited unexpectedly"
 _STOPPING = "[shutdown] API server: shutdown triggered"
 
@@ -55,16 +55,16 @@ _CONSEQUENCES = {
 _CONSEQUENCE = re.compile(r"NCCL error|Connection closed by peer|Connection reset by peer|^'/(?:psm|mp)[-_]\w+'$")
 _ENGINE_PROCESS = re.compile(r"EngineCore|\w*Worker")
 _NATIVE = re.compile(r"Fatal Python error: |terminate called |  what\(\): |!!!!!!! Segfault encountered")
-_USAGE_ERROR = re.compile(r"\S{1,100}: error: (?P<message>.+)")
+_USAGE_ERROR = re.compile(r"[\w./ -]{1,100}?: error: (?P<message>.+)")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LoggedException:
     """An exception as a traceback ends with it.
 
     Attributes:
         process: who printed it, `EngineCore pid=7`; None where the line does not say.
-        line: the number of the line that its traceback begins with.
+        line: the number of the line with its name, the last of its traceback.
         kind: the class's name with its module.
         message: its text, at most a dozen lines.
         file: the source file that raised it.
@@ -128,7 +128,7 @@ class Postmortem:
         child: the process of the engine whose end brought the server down; None where none did.
         usage_error: the option parser's sentence.
         native: lines that the C runtime or the interpreter wrote as it gave up, newest first.
-        errors: other lines of level ERROR, newest first.
+        errors: other lines of level ERROR near the end, newest first.
         interrupted: a signal ended the server while it started.
         empty: nothing was written at all.
     """
@@ -161,7 +161,7 @@ class _Reader:
         self.open: dict[tuple[str | None, str | None, str | None], LoggedException] = {}
         self.chained: dict[tuple[str | None, str | None, str | None], list[LoggedException]] = {}
         self.native: list[str] = []
-        self.errors: list[str] = []
+        self.errors: list[tuple[int, str]] = []
         self.usage: list[str] = []
         self.core_failed: list[tuple[int, str | None]] = []
         self.lost: list[tuple[int, EndedChild]] = []
@@ -193,7 +193,7 @@ class _Reader:
             exception.file = frame["file"]
         elif line.text and not line.text.startswith(" "):
             if match := _EXCEPTION.match(line.text):
-                exception.kind, exception.message = match["type"], match["message"] or ""
+                exception.line, exception.kind, exception.message = self.number, match["type"], match["message"] or ""
                 self.exceptions.append(exception)
             else:
                 del self.open[line.writer]
@@ -212,7 +212,7 @@ class _Reader:
         elif _NATIVE.match(text):
             self.native.insert(0, text)
         elif line.level in ("ERROR", "CRITICAL"):
-            self.errors.insert(0, text)
+            self.errors.insert(0, (self.number, text))
         elif line.level is None and (usage := _USAGE_ERROR.match(text)):
             self.usage = [usage["message"]]
         elif self.usage and line.level is None:
@@ -227,13 +227,13 @@ class _Reader:
             child=child,
             usage_error="\n".join(self.usage[:_MESSAGE_LINES]) if self.usage else None,
             native=self.native,
-            errors=self.errors,
-            interrupted=any(e.name == "KeyboardInterrupt" and self._is_near_end(e) for e in self.exceptions),
+            errors=[text for number, text in self.errors if self._is_near_end(number)],
+            interrupted=any(e.name == "KeyboardInterrupt" and self._is_near_end(e.line) for e in self.exceptions),
             empty=self.number <= 1,
         )
 
-    def _is_near_end(self, exception: LoggedException) -> bool:
-        return exception.line + exception._lines > self.number - _NEAR_END
+    def _is_near_end(self, number: int) -> bool:
+        return number > self.number - _NEAR_END
 
     def _ended_child(self) -> EndedChild | None:
         """The engine process whose end brought the server down, unless the server was being stopped before that."""
@@ -243,13 +243,14 @@ class _Reader:
             return None
         known = [child for _, child in self.lost if child.exit_code is not None]
         for exception in self.exceptions:
+            # A code above 0 only says that the core gave up for another process's sake.
             if match := _CORES_DIED.search(exception.message):
                 known.append(EndedChild(match["name"], int(match["code"])))
         return known[0] if known else EndedChild(None, None)
 
     def _root(self, engine_ended: bool) -> LoggedException | None:
         if not engine_ended:
-            failures = [e for e in self.exceptions if not e.is_consequence and self._is_near_end(e)]
+            failures = [e for e in self.exceptions if not e.is_consequence and self._is_near_end(e.line)]
             return failures[-1] if failures else None
         for number, process in self.core_failed:
             own = [e for e in self.exceptions if e.process == process and e.line >= number]
@@ -282,7 +283,5 @@ def _is_alone(line: LogLine) -> bool:
     """Whether a bare line begins something of its own, so that a message before it has ended."""
     text = line.text
     return line.level is None and (
-        _NATIVE.match(text) is not None
-        or text.startswith(("Process ", "nanobind: ", "/"))
-        or _USAGE_ERROR.match(text) is not None
+        _NATIVE.match(text) is not None or text.startswith(("Process ", "nanobind: ", "/"))
     )

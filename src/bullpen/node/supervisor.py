@@ -292,10 +292,12 @@ class Supervisor:
         self.bus.close()
 
     async def close(self) -> None:
-        """Stop everything (or leave the instances, where so set) and let go of the state directory."""
+        """Stop everything (or leave the instances, where so set) and let go of the state directory. Once is enough."""
         self.begin_shutdown()
-        if self._housekeeping is not None:
-            self._housekeeping.cancel()
+        if self._housekeeping is None:
+            return
+        self._housekeeping.cancel()
+        self._housekeeping = None
         if self.settings.on_exit == "stop":
             for instance in list(self.fleet.instances.values()):
                 if not instance.listed:

@@ -101,7 +101,8 @@ def _bind(options: SimOptions) -> socket.socket:
         bound.bind(options.uds)
         return bound
     host = options.host or ""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # asyncio turns Nagle's algorithm off only where the protocol is named.
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     bound.bind((host, DEFAULT_PORT if options.port is None else options.port))

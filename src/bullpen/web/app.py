@@ -29,23 +29,20 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
 
     Args:
         settings: the daemon's settings.
-        supervisor: one that has started, whose end its owner sees to; where None, the application's lifespan is that
-            of a supervisor of its own.
+        supervisor: one that has started; where None, the application starts one. Its end is the application's.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        own = None
+        serving = supervisor or Supervisor(settings)
         if supervisor is None:
-            own = Supervisor(settings)
-            await own.start()
-        app.state.supervisor = supervisor or own
+            await serving.start()
+        app.state.supervisor = serving
         try:
-            with ending_streams_on_signal(app.state.supervisor):
+            with ending_streams_on_signal(serving):
                 yield
         finally:
-            if own is not None:
-                await own.close()
+            await serving.close()
 
     app = FastAPI(
         title="Bullpen",

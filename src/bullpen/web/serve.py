@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -75,9 +76,8 @@ async def run(settings: Settings, listener: socket.socket) -> int:
     finally:
         warm.cancel()
         await supervisor.close()
-        with suppress(OSError):
-            (settings.state_dir / "access_key").unlink()
-            (settings.state_dir / "url").unlink()
+        for name in ("access_key", "url"):
+            (settings.state_dir / name).unlink(missing_ok=True)
     return 0
 
 
@@ -118,6 +118,15 @@ class Server(uvicorn.Server):
                 server_header=False,
             )
         )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End in order at a signal; uvicorn would raise it again, and the exit would look like a kill."""
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                self._captured_signals.clear()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
