@@ -26,7 +26,7 @@ from bullpen.node.settings import Settings, load
 from bullpen.node.supervisor import Supervisor
 from bullpen.web.models import VllmConfig
 
-__all__ = ["VllmConfig", "VllmInstance", "VllmMultiProcessManager", "app"]
+__all__ = ["VllmConfig", "VllmInstance", "VllmMultiProcessManager"]
 
 T = TypeVar("T")
 

@@ -39,7 +39,14 @@ class Daemon:
         command: list[str] | None = None,
         **settings: Any,
     ) -> None:
-        values = {"port": 0, "host": "127.0.0.1", "stop_timeout": 5, **settings, "engine": engine, "state_dir": state_dir}
+        values = {
+            "port": 0,
+            "host": "127.0.0.1",
+            "stop_timeout": 5,
+            **settings,
+            "engine": engine,
+            "state_dir": state_dir,
+        }
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BULLPEN_")}
         variables = {f"BULLPEN_{name.upper()}": str(value) for name, value in values.items() if value is not None}
         self.state_dir = state_dir
@@ -116,7 +123,9 @@ class Daemon:
 
     def wait_state(self, instance_id: str, *states: str, seconds: float = 60.0) -> dict[str, Any]:
         """Wait until an instance is in one of the states."""
-        wait_until(lambda: self.instance(instance_id)["state"] in states, seconds, lambda: str(self.instance(instance_id)))
+        wait_until(
+            lambda: self.instance(instance_id)["state"] in states, seconds, lambda: str(self.instance(instance_id))
+        )
         return self.instance(instance_id)
 
     def delete(self, instance_id: str) -> dict[str, Any]:
@@ -165,9 +174,7 @@ class Daemon:
         self.end()
 
 
-def wait_until(
-    condition: Callable[[], bool], seconds: float = 30.0, describe: Callable[[], str] | None = None
-) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0, describe: Callable[[], str] | None = None) -> None:
     """Wait for a condition, looking often.
 
     Raises:

@@ -135,7 +135,9 @@ class Fleet:
                 return InvalidRequestError(f"no GPU {uuid!r} on this host; there are: {known}", field="gpu_uuids")
             owner = self.gpu_owner(uuid)
             if owner is not None:
-                return ConflictError(f"GPU {uuid} belongs to instance {owner!r}; delete that one, or choose another GPU")
+                return ConflictError(
+                    f"GPU {uuid} belongs to instance {owner!r}; delete that one, or choose another GPU"
+                )
         return None
 
     def _checked(self, event: ev.Checked, now: float) -> list[fx.Effect]:
@@ -149,7 +151,8 @@ class Fleet:
         owner = self._ports.get(port) if port is not None else None
         if owner is not None:
             return self._refuse(
-                event.id, ConflictError(f"port {port} belongs to instance {owner!r}; choose another --port, or leave it out")
+                event.id,
+                ConflictError(f"port {port} belongs to instance {owner!r}; choose another --port, or leave it out"),
             )
         avoid = frozenset(self._ports)
         if port is not None:

@@ -1,8 +1,9 @@
 """Known failures of vLLM and of what it stands on: the text that gives each away, and what to tell the user.
 
 A table in order: the first row whose pattern is found wins, so the one with more to say stands before the general one.
-A sentence is filled from the pattern's named groups; `{model}` and `{port}` are known to every row, and a group
-called `bytes` comes out in GiB. The texts are those of vLLM 0.30 to 0.32, torch, transformers and huggingface_hub.
+A sentence is filled from the pattern's named groups; `{model}` and `{port}` are known to every row. A group called
+`bytes` comes out in GiB, one called `cuda` as 12.2 for a driver's 12020. The texts are those of vLLM 0.30 to 0.32,
+torch, transformers and huggingface_hub.
 """
 
 import re
@@ -64,7 +65,9 @@ def find(text: str, known: Mapping[str, str]) -> tuple[CrashClass, str] | None:
 
 def _shown(name: str, value: str) -> str:
     if name == "bytes":
-        return f"{int(value[:20]) / 2**30:.2f} GiB"
+        return f"{int(value) / 2**30:.2f} GiB"
+    if name == "cuda":
+        return f"{int(value) // 1000}.{int(value) % 1000 // 10}"
     value = " ".join(value.split())
     return value if len(value) <= _FIELD_LIMIT else value[: _FIELD_LIMIT - 1] + "…"
 
@@ -74,6 +77,12 @@ def _rows(kind: CrashClass, *rows: tuple[str, str]) -> list[Cause]:
 
 
 _GIB = r"[\d.]{1,20}"
+_SIZE = r"[\d.]{1,20} \w{1,5}"
+_TOO_LONG = (
+    rf"max seq len \((?P<length>\d{{1,12}})\), \((?P<wanted>{_GIB}) GiB KV cache is needed, which is larger than the"
+    rf" available KV cache memory \((?P<free>{_GIB}) GiB\)"
+)
+_ON_NODE = rf"Available memory on node (?P<node>\d{{1,4}}) \((?P<free>{_GIB})/(?P<total>{_GIB}) GiB\)"
 
 _MEMORY = _rows(
     CrashClass.OUT_OF_MEMORY,
@@ -83,8 +92,8 @@ _MEMORY = _rows(
         " lower --max-num-seqs or --gpu-memory-utilization",
     ),
     (
-        r"(?:CUDA|HIP|XPU) out of memory\. Tried to allocate (?P<wanted>[\d.]{1,20} \w{1,5})\. GPU (?P<gpu>\d{1,3}) has a"
-        r" total capacity of (?P<total>[\d.]{1,20} \w{1,5}) of which (?P<free>[\d.]{1,20} \w{1,5}) is free",
+        rf"(?:CUDA|HIP|XPU) out of memory\. Tried to allocate (?P<wanted>{_SIZE})\. GPU (?P<gpu>\d{{1,3}}) has a total"
+        rf" capacity of (?P<total>{_SIZE}) of which (?P<free>{_SIZE}) is free",
         "GPU {gpu} ran out of memory: {wanted} more were wanted and {free} of {total} were free; put other models on it"
         " to sleep, lower --gpu-memory-utilization or --max-model-len, or use more GPUs (--tensor-parallel-size)",
     ),
@@ -95,8 +104,8 @@ _MEMORY = _rows(
         " --max-model-len, or use more GPUs (--tensor-parallel-size)",
     ),
     (
-        rf"Free memory on device (?P<device>[\w:]{{1,20}}) \((?P<free>{_GIB})/(?P<total>{_GIB}) GiB\) on startup is less"
-        rf" than desired GPU memory utilization \((?P<share>{_GIB}), (?P<wanted>{_GIB}) GiB\)",
+        rf"Free memory on device (?P<device>[\w:]{{1,20}}) \((?P<free>{_GIB})/(?P<total>{_GIB}) GiB\) on startup is"
+        rf" less than desired GPU memory utilization \((?P<share>{_GIB}), (?P<wanted>{_GIB}) GiB\)",
         "{device} has {free} of {total} GiB free and --gpu-memory-utilization {share} asks for {wanted} GiB; put other"
         " models on it to sleep, end what else uses it, or lower --gpu-memory-utilization",
     ),
@@ -106,27 +115,22 @@ _MEMORY = _rows(
         " where it is set), or use more GPUs (--tensor-parallel-size)",
     ),
     (
-        rf"max seq len \((?P<length>\d{{1,12}})\), \((?P<wanted>{_GIB}) GiB KV cache is needed, which is larger than the"
-        rf" available KV cache memory \((?P<free>{_GIB}) GiB\)\. Based on the available memory, the estimated maximum"
-        r" model length is (?P<fits>\d{1,12})",
+        _TOO_LONG + r"\. Based on the available memory, the estimated maximum model length is (?P<fits>\d{1,12})",
         "the KV cache of one request of {length} tokens takes {wanted} GiB and {free} GiB are left for it; set"
         " --max-model-len {fits} or less, or raise --gpu-memory-utilization",
     ),
     (
-        rf"max seq len \((?P<length>\d{{1,12}})\), \((?P<wanted>{_GIB}) GiB KV cache is needed, which is larger than the"
-        rf" available KV cache memory \((?P<free>{_GIB}) GiB\)",
+        _TOO_LONG,
         "the KV cache of one request of {length} tokens takes {wanted} GiB and {free} GiB are left for it; lower"
         " --max-model-len or raise --gpu-memory-utilization",
     ),
     (
-        rf"Available memory on node (?P<node>\d{{1,4}}) \((?P<free>{_GIB})/(?P<total>{_GIB}) GiB\) on startup is less than"
-        rf" desired CPU memory utilization \((?P<share>{_GIB}), (?P<wanted>{_GIB}) GiB\)",
+        rf"{_ON_NODE} on startup is less than desired CPU memory utilization \((?P<share>{_GIB}), (?P<wanted>{_GIB}) GiB",
         "the host has {free} of {total} GiB free on memory node {node} and --gpu-memory-utilization {share}, which"
         " counts for the CPU too, asks for {wanted} GiB; lower it or set --kv-cache-memory-bytes",
     ),
     (
-        rf"Available memory on node (?P<node>\d{{1,4}}) \((?P<free>{_GIB})/(?P<total>{_GIB}) GiB\) on kv cache allocation is"
-        rf" less than requested memory for kv \((?P<wanted>{_GIB})",
+        rf"{_ON_NODE} on kv cache allocation is less than requested memory for kv \((?P<wanted>{_GIB})",
         "the host has {free} of {total} GiB free on memory node {node} and the KV cache asks for {wanted} GiB; lower"
         " --kv-cache-memory-bytes or --gpu-memory-utilization",
     ),
@@ -154,11 +158,11 @@ _MEMORY = _rows(
 _PORT = _rows(
     CrashClass.PORT_IN_USE,
     (
-        r"error while attempting to bind on address \('[^']{0,100}', (?P<number>\d{1,5})[^)]{0,40}\): address already in use",
+        r"error while attempting to bind on address \('[^']{0,100}', (?P<number>\d{1,5})[^)]{0,40}\): address already",
         "port {number} is in use by another program; choose another --port, or leave it out and get a free one",
     ),
     (
-        r"failed to listen on any local network address\. port: (?P<number>\d{1,5})|port: (?P<other>\d{1,5}), useIpv6",
+        r"failed to listen on any local network address|port: \d{1,5}, useIpv6",
         "a port that the engine uses inside itself is in use by another program; start the instance again",
     ),
     (
@@ -172,8 +176,8 @@ _PORT = _rows(
 )
 
 _GATED_ADVICE = (
-    "{model} is gated on the Hub; ask for access on its page there, and give the instance a token of an account that has"
-    " it (HF_TOKEN)"
+    "{model} is gated on the Hub; ask for access on its page there, and give the instance a token of an account that"
+    " has it (HF_TOKEN)"
 )
 _GATED = _rows(
     CrashClass.GATED_MODEL,
@@ -183,8 +187,8 @@ _GATED = _rows(
         _GATED_ADVICE,
     ),
     (
-        r"access a gated repo|Cannot access gated repo|is a gated repository|GatedRepoError|is restricted\. You must have"
-        r" access|is restricted and you are not in the authorized list",
+        r"access a gated repo|Cannot access gated repo|is a gated repository|GatedRepoError"
+        r"|is restricted\. You must have access|is restricted and you are not in the authorized list",
         _GATED_ADVICE,
     ),
 )
@@ -214,7 +218,7 @@ _MODEL = _rows(
         " HF_HUB_OFFLINE",
     ),
     (
-        r"(?P<revision>\S{1,100}) is not a valid git identifier",
+        r"(?<!\S)(?P<revision>\S{1,100}+) is not a valid git identifier",
         "{model} has no revision {revision} on the Hub; correct --revision",
     ),
     (
@@ -222,7 +226,7 @@ _MODEL = _rows(
         "{model} has no such revision on the Hub; correct --revision",
     ),
     (
-        r"(?P<model>\S{1,200}) is not a local folder and is not a valid model identifier",
+        r"(?<!\S)(?P<model>\S{1,200}+) is not a local folder and is not a valid model identifier",
         _UNKNOWN_ADVICE,
     ),
     (
@@ -235,7 +239,7 @@ _MODEL = _rows(
         " network",
     ),
     (
-        r"does not appear to have a file named (?P<file>[^\s]{1,100}?)\.? |Entry Not Found for url",
+        r"does not appear to have a file named |Entry Not Found for url",
         "{model} is incomplete, a file of it is missing; fetch it again",
     ),
     (
@@ -320,8 +324,8 @@ _DRIVER = _rows(
         " new kernel module",
     ),
     (
-        r"NVIDIA driver on your system is too old \(found version (?P<version>\d{1,9})\)",
-        "the NVIDIA driver is too old for this build of torch (it offers CUDA {version}); update the driver, or install"
+        r"NVIDIA driver on your system is too old \(found version (?P<cuda>\d{1,9})\)",
+        "the NVIDIA driver is too old for this build of torch (it offers CUDA {cuda}); update the driver, or install"
         " vLLM for an older CUDA",
     ),
     (

@@ -165,7 +165,7 @@ def _from_exit(exit_code: int | None, log: Postmortem) -> Failure:
         return _signalled("the server process", exit_code - 128, CrashClass.KILLED)
     if log.interrupted:
         return Failure(CrashClass.KILLED, "the server process was ended by SIGTERM or SIGINT while it started")
-    said = "wrote nothing" if log.empty else "left no error in its log"
+    said = "it wrote nothing to its log" if log.empty else "its log shows no error"
     if log.errors:
         said = f"its log ends with the error: {_cut(log.errors[0])}"
     return Failure(CrashClass.ERROR, f"the server process ended with exit code {exit_code}; {said}")

@@ -83,7 +83,7 @@ class PhaseReader:
     @property
     def phase(self) -> Phase | None:
         """The phase that is under way; None before the engine's first line."""
-        return self._seen and self._seen.phase
+        return self._seen.phase if self._seen else None
 
     @property
     def progress(self) -> float:

@@ -35,7 +35,7 @@ _WRAPPERS = (
 )
 _WORKER_FAILED = re.compile(r"Worker failed with error '(?P<error>.*)', please check the", re.DOTALL)
 _CORE_FAILED = ("EngineCore failed to start.", "EngineCore encountered a fatal error.")
-_CHILD_DIED = re.compile(r"(?:Worker|Engine core) proc (?P<name>\S+) died unexpectedly \(exit code: (?P<code>-?\d+)\)")
+_CHILD_DIED = re.compile(r"(?:Worker|Engine core) proc (?P<name>\S+) died unexpectedly \(exit code:? (?P<code>-?\d+)\)")
 _CORES_DIED = re.compile(r"Failed core proc\(s\): \{'(?P<name>[^']+)': (?P<code>-\d+)")
 _CORE_LOST = "engine core exited unexpectedly"
 _STOPPING = "[shutdown] API server: shutdown triggered"
@@ -143,7 +143,7 @@ class Postmortem:
 
 
 def read(tail: bytes) -> Postmortem:
-    """Take the end of a log apart; of more than `LOG_LIMIT` bytes the last are read. Secrets are gone from all of it."""
+    """Take the end of a log apart, secrets taken out; of more than `LOG_LIMIT` bytes the last are read."""
     if len(tail) > LOG_LIMIT:
         tail = tail[-LOG_LIMIT:].partition(b"\n")[2]  # half a line could be half a secret
     reader = _Reader()
@@ -282,6 +282,4 @@ class _Reader:
 def _is_alone(line: LogLine) -> bool:
     """Whether a bare line begins something of its own, so that a message before it has ended."""
     text = line.text
-    return line.level is None and (
-        _NATIVE.match(text) is not None or text.startswith(("Process ", "nanobind: ", "/"))
-    )
+    return line.level is None and (_NATIVE.match(text) is not None or text.startswith(("Process ", "nanobind: ", "/")))

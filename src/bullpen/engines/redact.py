@@ -7,15 +7,17 @@ HIDDEN = "***"
 _NAME = r"(?:token|secret|password|api[_-]?key|access[_-]?key)"
 _QUOTED = r"'(?:[^'\\\n]|\\.)*+'?|\"(?:[^\"\\\n]|\\.)*+\"?"
 _VALUE = rf"(?:\[[^\]\n]*+\]?|{_QUOTED}|[^\s,)}}\]]++)"
+# Between an option and its value in a command line, or in the printed list of its words.
+_BETWEEN = r"['\"]?(?:=|,?[ \t]++)"
 
 # Each pattern takes time in proportion to the text: a repeat is bounded or never gives back what it took (`++`).
 _SECRETS = (
     # A Hugging Face token, wherever it stands.
     (re.compile(r"hf_[A-Za-z0-9]{16,}+"), HIDDEN),
     # --api-key takes several values: every word up to the next option.
-    (re.compile(r"(--api[_-]key)(?:=|[ \t]++)\S++(?:[ \t]++(?!-)\S++)*+", re.I), rf"\1 {HIDDEN}"),
+    (re.compile(rf"(--api[_-]key){_BETWEEN}\S++(?:[ \t]++(?!['\"]?-)\S++)*+", re.I), rf"\1 {HIDDEN}"),
     (
-        re.compile(rf"(--[a-z0-9_-]{{0,40}}(?:token|secret|password|key))(?:=|[ \t]++)(?:{_QUOTED}|\S++)", re.I),
+        re.compile(rf"(--[a-z0-9_-]{{0,40}}(?:token|secret|password|key)){_BETWEEN}(?:{_QUOTED}|\S++)", re.I),
         rf"\1 {HIDDEN}",
     ),
     # 'api_key': 'x' in a printed dictionary, api_key='x' in a printed object, HF_TOKEN=x in a shell's line.

@@ -37,7 +37,9 @@ ignored without a word."""
 READ_LATER = ("HF_TOKEN", "OMP_NUM_THREADS")
 """Exceptions: the token is read at each download, the threads are set in the server (``worlds.vllm``)."""
 
-HOW_TO_INSTALL = "run `make install` in Bullpen's source tree, or `pip install 'bullpen[vllm]'` on a machine with NVIDIA GPUs"
+HOW_TO_INSTALL = (
+    "run `make install` in Bullpen's source tree, or `pip install 'bullpen[vllm]'` on a machine with NVIDIA GPUs"
+)
 
 
 class Vllm(OpenAIServer):

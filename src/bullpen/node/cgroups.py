@@ -66,7 +66,9 @@ class Cgroups:
 
 def writable_root(name: str) -> Path | None:
     """Make and return the directory below which instances get their cgroups, if this user may."""
-    mount = next((Path(line.split()[1]) for line in MOUNTS.read_text().splitlines() if line.split()[2] == "cgroup2"), None)
+    mount = next(
+        (Path(line.split()[1]) for line in MOUNTS.read_text().splitlines() if line.split()[2] == "cgroup2"), None
+    )
     own = next((line[3:] for line in OWN.read_text().splitlines() if line.startswith("0::")), None)
     if mount is None or own is None:
         return None

@@ -207,7 +207,7 @@ class Executor:
                     "argv": engine.command_line(instance.config.argv, instance.served.host is not None, place),
                     "env": engine.environment(place, user),
                     "user_env": dict(user),
-                    "cwd": os.getcwd(),  # noqa: PTH109 - relative model paths are the daemon's
+                    "cwd": os.getcwd(),
                     "title": f"bullpen: {instance.id} {instance.served.model}",
                     "cgroup": str(cgroup) if cgroup else None,
                     "oom_score_adj": OOM_SCORE,
@@ -368,7 +368,9 @@ class Executor:
             self._resources.journal.append_event(instance.revision, line)
         except StateError as problem:
             logger.error("%s", problem)
-        logger.info("%s %s%s", effect.kind.lower(), instance.id, f": {instance.error.message}" if instance.error else "")
+        logger.info(
+            "%s %s%s", effect.kind.lower(), instance.id, f": {instance.error.message}" if instance.error else ""
+        )
 
     def _publish_state(self, effect: fx.PublishState) -> None:
         if self._resources.bus.watchers:

@@ -61,7 +61,9 @@ class Journal:
     def save(self, instance: Instance) -> None:
         """Write an instance, new or changed."""
         data = self._adapter.dump_json(instance).decode()
-        self._write("INSERT INTO instances VALUES (?, ?) ON CONFLICT DO UPDATE SET data = excluded.data", (instance.id, data))
+        self._write(
+            "INSERT INTO instances VALUES (?, ?) ON CONFLICT DO UPDATE SET data = excluded.data", (instance.id, data)
+        )
 
     def forget(self, instance_id: str) -> None:
         """Remove an instance."""

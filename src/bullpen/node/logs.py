@@ -58,7 +58,9 @@ class Logs:
         try:
             return os.open(self.path(key), os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as problem:
-            raise LaunchError(f"no log can be written below {self._folder}: {problem.strerror}; make room there") from problem
+            raise LaunchError(
+                f"no log can be written below {self._folder}: {problem.strerror}; make room there"
+            ) from problem
 
     def remove(self, key: str) -> None:
         """Remove a log."""

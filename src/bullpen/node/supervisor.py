@@ -93,7 +93,9 @@ class Supervisor:
         journal = Journal(self._state.journal)
         events = journal.events()
         revision = events[-1][0] if events else 0
-        cgroups = Cgroups(self._state.sockets.name if self._state.sockets.name != "run" else fingerprint(self._state.path))
+        cgroups = Cgroups(
+            self._state.sockets.name if self._state.sockets.name != "run" else fingerprint(self._state.path)
+        )
         self.resources = Resources(
             settings=self.settings,
             state=self._state,
@@ -129,7 +131,9 @@ class Supervisor:
         try:
             return await asyncio.wait_for(asyncio.to_thread(gpus.nvidia_gpus), GPU_SECONDS)
         except TimeoutError:
-            raise StateError(f"the NVIDIA driver does not answer within {GPU_SECONDS:.0f} s; `nvidia-smi` may say more") from None
+            raise StateError(
+                f"the NVIDIA driver does not answer within {GPU_SECONDS:.0f} s; `nvidia-smi` may say more"
+            ) from None
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -211,7 +215,9 @@ class Supervisor:
             StuckError: processes of one outlive SIGKILL; the others are stopped all the same.
         """
         ids = [instance.id for instance in self.fleet.listed()]
-        outcomes = await asyncio.gather(*(self.stop(instance_id, timeout) for instance_id in ids), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(self.stop(instance_id, timeout) for instance_id in ids), return_exceptions=True
+        )
         for outcome in outcomes:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFoundError):
                 raise outcome
@@ -251,7 +257,12 @@ class Supervisor:
     def readiness(self) -> dict[str, Any]:
         """Whether instances can be forked: ``ready``, and each zygote's state."""
         zygotes = [
-            {"engine": zygote.command.engine, "pid": zygote.pid, "environment": sorted(dict(zygote.command.early)), **zygote.warmth.describe()}
+            {
+                "engine": zygote.command.engine,
+                "pid": zygote.pid,
+                "environment": sorted(dict(zygote.command.early)),
+                **zygote.warmth.describe(),
+            }
             for zygote in self.resources.zygotes.all()
         ]
         ready = any(zygote["engine"] == self.engine and zygote["state"] == "warm" for zygote in zygotes)
@@ -301,7 +312,9 @@ class Supervisor:
         if self.settings.on_exit == "stop":
             for instance in list(self.fleet.instances.values()):
                 if not instance.listed:
-                    self.submit(ev.Refused(instance.id, LaunchError("this daemon is ending; ask again when it is back")))
+                    self.submit(
+                        ev.Refused(instance.id, LaunchError("this daemon is ending; ask again when it is back"))
+                    )
             for outcome in await asyncio.gather(self.stop_all(), return_exceptions=True):
                 if isinstance(outcome, BaseException):
                     logger.error("%s", outcome)

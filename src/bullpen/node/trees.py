@@ -22,7 +22,7 @@ from bullpen.node.cgroups import Cgroups
 KILL_SECONDS = 10.0
 """How long processes get to end after SIGKILL before the tree counts as stuck."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.25
-SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - where POSIX shared memory lives
+SHARED_MEMORY = "/dev/shm/"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tree:
 def read_process(pid: int) -> Process | None:
     """One process, or None where it is gone."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - read hundreds of times a scan
+        with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
     except OSError:
         return None
@@ -68,7 +68,7 @@ def read_process(pid: int) -> Process | None:
 
 def read_processes() -> dict[int, Process]:
     """Every process on this host that this user can see."""
-    pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())  # noqa: PTH208
+    pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
     return {process.pid: process for process in map(read_process, pids) if process is not None}
 
 
@@ -99,7 +99,7 @@ def writes_to(pid: int, log: Path) -> bool:
     """Whether a process has a log as its output or error output."""
     for descriptor in (1, 2):
         try:
-            if os.readlink(f"/proc/{pid}/fd/{descriptor}") == str(log):  # noqa: PTH115
+            if os.readlink(f"/proc/{pid}/fd/{descriptor}") == str(log):
                 return True
         except OSError:
             return False

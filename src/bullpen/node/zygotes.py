@@ -345,7 +345,9 @@ class Zygotes:
             spares = 0 if early else self._spares
             return Zygote(command, self._folder, self._logs / f"zygote-{engine}.log", spares, self._zygote_ended)
         except OSError as problem:
-            raise LaunchError(f"engine {engine}: its zygote cannot be started with {command.python}: {problem}") from problem
+            raise LaunchError(
+                f"engine {engine}: its zygote cannot be started with {command.python}: {problem}"
+            ) from problem
 
     def _make_room(self) -> None:
         extra = [key for key in self._zygotes if key[1]]

@@ -29,7 +29,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 OPEN_PATHS = frozenset({"/health", "/ready"})
 LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "localhost.localdomain"})
 
-UNAUTHORIZED = "this daemon needs its access key: send `Authorization: Bearer KEY`, or HTTP Basic with the key as password"
+UNAUTHORIZED = (
+    "this daemon needs its access key: send `Authorization: Bearer KEY`, or HTTP Basic with the key as password"
+)
 REMOTE = (
     "this daemon has no access key and answers callers on its own host alone; set BULLPEN_ACCESS_KEY for it, or start"
     " it with --allow-unauthenticated behind a network policy"

@@ -73,4 +73,7 @@ def plain(text: str) -> str:
 
 def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The error replies of a route, for the OpenAPI document."""
-    return {code: {"model": models.Problems if code == 422 else models.Detail, "description": MEANING[code]} for code in codes}
+    return {
+        code: {"model": models.Problems if code == 422 else models.Detail, "description": MEANING[code]}
+        for code in codes
+    }

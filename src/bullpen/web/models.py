@@ -41,18 +41,30 @@ class VllmConfig(BaseModel):
     env_vars: dict[str, str | bool | int | float] | None = Field(
         None, description="environment of the server; numbers and booleans are taken as their JSON text"
     )
-    gpu_uuids: list[str] | None = Field(None, description="GPUs that the instance claims, by UUID; none given: none claimed")
+    gpu_uuids: list[str] | None = Field(
+        None, description="GPUs that the instance claims, by UUID; none given: none claimed"
+    )
     annotations: dict[str, str] | None = Field(None, description="opaque to Bullpen, returned as given")
-    engine: Literal["vllm", "sim"] | None = Field(None, description="engine to run it; the daemon's default where left out")
+    engine: Literal["vllm", "sim"] | None = Field(
+        None, description="engine to run it; the daemon's default where left out"
+    )
 
 
 class V1Config(BaseModel):
     """What to run, as the one-instance API has it."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, json_schema_extra={"examples": [{
-        "options": "--model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --port 8005",
-        "env_vars": {"VLLM_USE_V1": "1", "VLLM_LOGGING_LEVEL": "DEBUG"},
-    }]})
+    model_config = ConfigDict(
+        extra="forbid",
+        hide_input_in_errors=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "options": "--model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --port 8005",
+                    "env_vars": {"VLLM_USE_V1": "1", "VLLM_LOGGING_LEVEL": "DEBUG"},
+                }
+            ]
+        },
+    )
 
     options: str = Field(description="`vllm serve`'s command line")
     env_vars: dict[str, str | bool | int | float] | None = Field(None, description="environment of the server")
@@ -164,4 +176,3 @@ class Problems(BaseModel):
     """What is wrong with a request; never the request itself."""
 
     detail: list[Problem]
-

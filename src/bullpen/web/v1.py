@@ -26,9 +26,7 @@ def own_instance(supervisor: Supervisor) -> Instance | None:
     return instance if instance is not None and instance.listed and instance.config.face == FACE else None
 
 
-@router.post(
-    "", response_model=models.V1Status, responses=documented(409, 422, 500), summary="Start the one instance"
-)
+@router.post("", response_model=models.V1Status, responses=documented(409, 422, 500), summary="Start the one instance")
 async def start(request: Request, config: models.V1Config) -> Response:
     """Start the instance. One that has ended by itself makes room."""
     supervisor = supervisor_of(request)

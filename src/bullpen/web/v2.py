@@ -50,7 +50,9 @@ async def create_instance(request: Request, config: models.VllmConfig) -> Respon
     return await create(request, config)
 
 
-@router.get("", response_model=models.InstanceList | models.InstanceIds, responses=documented(422), summary="List instances")
+@router.get(
+    "", response_model=models.InstanceList | models.InstanceIds, responses=documented(422), summary="List instances"
+)
 async def list_instances(request: Request, detail: bool = True) -> Response:
     """List all instances, with details or (`detail=False`) by id alone."""
     fleet = supervisor_of(request).fleet
@@ -75,10 +77,14 @@ async def delete_all_instances(request: Request) -> Response:
     return JSONResponse({"status": "all_stopped", "stopped_instances": stopped, "total_stopped": len(stopped)})
 
 
-@router.get("/watch", responses={200: LINES, **documented(410, 422)}, response_class=Response, summary="Watch instances")
+@router.get(
+    "/watch", responses={200: LINES, **documented(410, 422)}, response_class=Response, summary="Watch instances"
+)
 async def watch_instances(
     request: Request,
-    since: Annotated[str | None, Query(description="a revision; only what happened after it", pattern=r"^\d{1,18}$")] = None,
+    since: Annotated[
+        str | None, Query(description="a revision; only what happened after it", pattern=r"^\d{1,18}$")
+    ] = None,
     events: Annotated[Literal["all"] | None, Query(description="`all`: finer events and heartbeats too")] = None,
 ) -> Response:
     """Events as lines of JSON, until the caller leaves: CREATED, STOPPED, DELETED, each with its revision.
@@ -108,7 +114,10 @@ async def get_instance(request: Request, instance_id: str) -> Response:
 
 
 @router.delete(
-    "/{instance_id}", response_model=models.Instance, responses=documented(404, 500), summary="Stop and remove an instance"
+    "/{instance_id}",
+    response_model=models.Instance,
+    responses=documented(404, 500),
+    summary="Stop and remove an instance",
 )
 async def delete_instance(request: Request, instance_id: str) -> Response:
     """Stop an instance and remove it. When the reply comes, no process of it is left."""
@@ -158,4 +167,3 @@ def log_reply(supervisor: Supervisor, instance_id: str, first: int, last: int | 
         chunk = supervisor.read_log(instance_id, first, None)
     sent = f"bytes {chunk.start}-{chunk.start + len(chunk.data) - 1}/{chunk.total}"
     return Response(chunk.data, 206, {"Content-Range": sent}, "application/octet-stream")
-

@@ -39,7 +39,7 @@ def detach(keep: socket.socket) -> None:
         signal.signal(number, default.get(number, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     kept = {0, 1, 2, keep.fileno()}
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - hot: this runs while someone waits for the fork
+    for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             with suppress(OSError):
                 os.close(int(name))

@@ -19,7 +19,7 @@ def reason_not_to_fork() -> str | None:
 
 def extra_threads() -> str | None:
     """Say which threads run beside the main one, Python's and C's."""
-    tasks = os.listdir("/proc/self/task")  # noqa: PTH208 - on the path of every fork: no Path objects
+    tasks = os.listdir("/proc/self/task")
     if len(tasks) == 1:
         return None
     python = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
@@ -36,7 +36,7 @@ def accelerator_context() -> str | None:
         module = getattr(torch, backend, None)
         if module is not None and module.is_initialized():
             return f"torch.{backend} is initialised"
-    for descriptor in os.listdir("/proc/self/fd"):  # noqa: PTH208
+    for descriptor in os.listdir("/proc/self/fd"):
         try:
             target = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         except OSError:

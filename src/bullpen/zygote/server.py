@@ -301,7 +301,9 @@ def listen(path: Path) -> socket.socket:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise PermissionError(f"{folder} must belong to you and have mode 0700, for whoever enters it may start programs")
+        raise PermissionError(
+            f"{folder} must belong to you and have mode 0700, for whoever enters it may start programs"
+        )
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with suppress(FileNotFoundError):
         path.unlink()

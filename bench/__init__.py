@@ -1,0 +1,8 @@
+"""Benchmarks: ``make bench``, or ``python -m bench`` in the root of the source tree.
+
+Each one measures Bullpen and what a user would take instead in the same run, interleaved where that is possible, and
+prints ratios: machines differ and are noisy, so a time alone says little.
+
+``start``, ``memory``, ``daemon`` and ``adoption`` are the benchmarks. ``common`` has what they share, ``servers`` the
+programs that they start and end, ``http`` how they ask them, ``docs`` writes ``docs/performance.md``.
+"""
