@@ -4,5 +4,5 @@ Each one measures Bullpen and what a user would take instead in the same run, in
 prints ratios: machines differ and are noisy, so a time alone says little.
 
 ``start``, ``memory``, ``daemon`` and ``adoption`` are the benchmarks. ``common`` has what they share, ``servers`` the
-programs that they start and end, ``http`` how they ask them, ``docs`` writes ``docs/performance.md``.
+programs that they start and end, ``client`` how they ask them, ``docs`` writes ``docs/performance.md``.
 """

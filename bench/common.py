@@ -81,10 +81,10 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def spread(values: Sequence[float], unit: str = "s") -> str:
-    """Median, smallest and largest, as ``0.61 s (0.55–0.70)``; the values are in seconds for ``s`` and ``ms``."""
+    """Median, smallest and largest, as ``0.61 s (0.55 to 0.70)``; the values are in seconds for ``s`` and ``ms``."""
     scale = 1000.0 if unit == "ms" else 1.0
     middle, low, high = (number(value * scale) for value in (median(values), min(values), max(values)))
-    return f"{middle} {unit}" if len(values) == 1 else f"{middle} {unit} ({low}–{high})"
+    return f"{middle} {unit}" if len(values) == 1 else f"{middle} {unit} ({low} to {high})"
 
 
 def number(value: float) -> str:

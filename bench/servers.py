@@ -21,8 +21,8 @@ from typing import Any, Self
 
 import psutil
 
+from bench.client import answers, call, wait_until
 from bench.common import BenchError, Options
-from bench.http import answers, call, wait_until
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +171,9 @@ class Program:
         """Be one's own context."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End it."""
         self.end()
 
@@ -189,9 +191,8 @@ class ForkAfterImport(Program):
     """The launcher of ``fork_after_import.py``, its import behind it."""
 
     def __init__(self, options: Options) -> None:
-        script = Path(__file__).with_name("fork_after_import.py")
-        log = options.folder / "fork-after-import.log"
-        super().__init__([sys.executable, str(script)], log, environment(options), pipes=True)
+        command = [sys.executable, "-m", "bench.fork_after_import"]
+        super().__init__(command, options.folder / "fork-after-import.log", environment(options), pipes=True)
         try:
             self.import_seconds = float(json.loads(self.hear())["seconds"])
         except BaseException:
@@ -219,7 +220,12 @@ class Daemon(Program):
     """
 
     def __init__(
-        self, options: Options, engine: str, state: Path | None = None, variables: dict[str, str] | None = None, **settings: Any
+        self,
+        options: Options,
+        engine: str,
+        state: Path | None = None,
+        variables: dict[str, str] | None = None,
+        **settings: Any,
     ) -> None:
         port = free_port()
         self.url = f"http://{HOST}:{port}"
@@ -229,7 +235,9 @@ class Daemon(Program):
         values = {"host": HOST, "port": port, "engine": engine, "state_dir": self.state, "stop_timeout": 10, **settings}
         own = {f"BULLPEN_{name.upper()}": str(value) for name, value in values.items()}
         command = [sys.executable, "-m", "bullpen.launcher"]
-        super().__init__(command, options.folder / f"daemon-{port}.log", environment(options, **own, **(variables or {})))
+        super().__init__(
+            command, options.folder / f"daemon-{port}.log", environment(options, **own, **(variables or {}))
+        )
 
     def wait_answering(self) -> float:
         """Wait for the first answer to ``/health``; return when it came."""
@@ -288,6 +296,12 @@ class Daemon(Program):
         """End the daemon alone, as a crash does; the next one takes over its instances."""
         self.process.kill()
         self.process.wait(END_SECONDS)
+
+    def successor(self, options: Options, engine: str) -> Daemon:
+        """The next daemon on the same state directory, responsible for the same instances."""
+        following = Daemon(options, engine, self.state)
+        following._pids |= self._pids
+        return following
 
     def end(self) -> None:
         """End the daemon, and its instances, those too that it should have ended and has not."""

@@ -84,12 +84,22 @@ def check_name(name: str, allowed: Collection[str]) -> str:
 def check_value(name: str, value: Any) -> str:
     """Return a variable's value as text, or refuse it."""
     if isinstance(value, bool | int | float):
-        return json.dumps(value)
+        try:
+            return json.dumps(value, allow_nan=False)
+        except ValueError as problem:
+            raise InvalidRequestError(f"the value of {name} is no number that JSON has", field="env_vars") from problem
     if not isinstance(value, str) or "\0" in value or _has_surrogate(value):
         raise InvalidRequestError(
             f"the value of {name} must be text without NUL, a number or a boolean", field="env_vars"
         )
     return value
+
+
+def check_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Return the annotations, or refuse what could not be sent back."""
+    if any(_has_surrogate(text) for pair in annotations.items() for text in pair):
+        raise InvalidRequestError("annotations hold text that is no valid Unicode", field="annotations")
+    return dict(annotations)
 
 
 def read_config(
@@ -115,7 +125,7 @@ def read_config(
         argv=split_options(options),
         env_vars=None if env_vars is None else check_variables(env_vars, allowed),
         gpu_uuids=uuids,
-        annotations=None if annotations is None else dict(annotations),
+        annotations=None if annotations is None else check_annotations(annotations),
         engine=engine,
         face=face,
     )

@@ -51,15 +51,16 @@ class Cause:
     sentence: str
 
 
-_FIELD_LIMIT = 120
+_FIELD_LIMIT = 100
 
 
 def find(text: str, known: Mapping[str, str]) -> tuple[CrashClass, str] | None:
     """The first row found in a text, and its sentence; `known` gives `model` and `port`. None where no row fits."""
     for cause in CAUSES:
         if match := cause.pattern.search(text):
-            found = {name: _shown(name, value) for name, value in match.groupdict().items() if value}
-            return cause.kind, cause.sentence.format_map({**known, **found})
+            found = {name: value for name, value in match.groupdict().items() if value}
+            fields = {name: _shown(name, value) for name, value in {**known, **found}.items()}
+            return cause.kind, cause.sentence.format_map(fields)
     return None
 
 
@@ -125,7 +126,7 @@ _MEMORY = _rows(
         " --max-model-len or raise --gpu-memory-utilization",
     ),
     (
-        rf"{_ON_NODE} on startup is less than desired CPU memory utilization \((?P<share>{_GIB}), (?P<wanted>{_GIB}) GiB",
+        rf"{_ON_NODE} on startup is less than desired CPU memory utilization \((?P<share>{_GIB}), (?P<wanted>{_GIB})",
         "the host has {free} of {total} GiB free on memory node {node} and --gpu-memory-utilization {share}, which"
         " counts for the CPU too, asks for {wanted} GiB; lower it or set --kv-cache-memory-bytes",
     ),

@@ -53,7 +53,7 @@ _CONSEQUENCES = {
     "SystemExit",
 }
 _CONSEQUENCE = re.compile(r"NCCL error|Connection closed by peer|Connection reset by peer|^'/(?:psm|mp)[-_]\w+'$")
-_ENGINE_PROCESS = re.compile(r"EngineCore|\w*Worker")
+_BEHIND_SERVER = re.compile(r"EngineCore|ApiServer_|\w*Worker")
 _NATIVE = re.compile(r"Fatal Python error: |terminate called |  what\(\): |!!!!!!! Segfault encountered")
 _USAGE_ERROR = re.compile(r"[\w./ -]{1,100}?: error: (?P<message>.+)")
 
@@ -96,8 +96,8 @@ class LoggedException:
 
     @property
     def in_engine(self) -> bool:
-        """Whether the engine core or a worker printed it."""
-        return self.process is not None and _ENGINE_PROCESS.match(self.process) is not None
+        """Whether a process behind the server printed it: the engine core, a worker, one of several API servers."""
+        return self.process is not None and _BEHIND_SERVER.match(self.process) is not None
 
     def add(self, text: str) -> bool:
         """Take a further line of the message; False once there are enough."""
@@ -157,6 +157,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.number = 0
+        self.empty = True
         self.exceptions: list[LoggedException] = []
         self.open: dict[tuple[str | None, str | None, str | None], LoggedException] = {}
         self.chained: dict[tuple[str | None, str | None, str | None], list[LoggedException]] = {}
@@ -170,6 +171,7 @@ class _Reader:
     def take(self, line: LogLine) -> None:
         """Read the next line."""
         self.number += 1
+        self.empty = self.empty and not line.text
         if line.text.startswith("Traceback (most recent call last):"):
             self.open[line.writer] = LoggedException(
                 line.process, self.number, causes=self.chained.pop(line.writer, [])
@@ -229,7 +231,7 @@ class _Reader:
             native=self.native,
             errors=[text for number, text in self.errors if self._is_near_end(number)],
             interrupted=any(e.name == "KeyboardInterrupt" and self._is_near_end(e.line) for e in self.exceptions),
-            empty=self.number <= 1,
+            empty=self.empty,
         )
 
     def _is_near_end(self, number: int) -> bool:
@@ -259,10 +261,10 @@ class _Reader:
             if found := self._of_engine(before=number):
                 return found
         last = max((e.line for e in self.exceptions if e.is_wrapper), default=self.number)
-        return self._of_engine(before=last) or self._unwrapped()
+        return self._of_engine(before=last, after=last - 2 * _NEAR_END) or self._unwrapped()
 
-    def _of_engine(self, before: int) -> LoggedException | None:
-        failures = [e for e in self.exceptions if e.in_engine and not e.is_wrapper and e.line < before]
+    def _of_engine(self, before: int, after: int = 0) -> LoggedException | None:
+        failures = [e for e in self.exceptions if e.in_engine and not e.is_wrapper and after < e.line < before]
         failures = [e for e in failures if not e.is_consequence] or failures
         return failures[-1] if failures else None
 

@@ -33,6 +33,7 @@ class StateDir:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path.chmod(0o700)
+            self.logs.mkdir(mode=0o700, exist_ok=True)
             self._lock = self._take_lock()
             self.sockets = self._socket_folder()
         except OSError as problem:

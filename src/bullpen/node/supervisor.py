@@ -121,9 +121,7 @@ class Supervisor:
     def _make_zygotes(self) -> Zygotes:
         environment = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
         pythons = {name: self.settings.engine_python for name in ENGINES}
-        logs = self._state.logs
-        logs.mkdir(mode=0o700, exist_ok=True)
-        return Zygotes(pythons, environment, self._state.sockets, logs, self.settings.spares)
+        return Zygotes(pythons, environment, self._state.sockets, self._state.logs, self.settings.spares)
 
     async def _find_gpus(self) -> list[gpus.Gpu]:
         if self.settings.mock_gpus:

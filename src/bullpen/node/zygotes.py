@@ -266,7 +266,8 @@ class Zygote:
     async def close(self) -> None:
         """End the zygote; instances that it forked are untouched."""
         with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+            # One that still imports has forked nothing, and would look at a signal only after the module it is at.
+            self._process.send_signal(signal.SIGKILL if self.warmth.state == "warming" else signal.SIGTERM)
         try:
             await asyncio.wait_for(asyncio.shield(self._reader), END_SECONDS)
         except TimeoutError:

@@ -42,6 +42,8 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
             with ending_streams_on_signal(serving):
                 yield
         finally:
+            # What v1 says of an instance that is no more does not outlive a graceful end either.
+            v1.remember(serving, None)
             await serving.close()
 
     app = FastAPI(
@@ -49,6 +51,7 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        redirect_slashes=False,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     for face in (system, v2, v1):

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, NotFoundError
 from bullpen.node.bus import RevisionGoneError
@@ -36,6 +38,7 @@ def install(app: FastAPI) -> None:
     """Let an app answer with these errors."""
     app.add_exception_handler(BullpenError, on_bullpen_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
 
 
 async def on_bullpen_error(request: Request, error: Exception) -> JSONResponse:
@@ -51,6 +54,14 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
     """Answer with what is wrong and where, never with the input: it may hold a secret, or no valid Unicode."""
     assert isinstance(error, RequestValidationError)
     return problems([{"type": one["type"], "loc": one["loc"], "msg": one["msg"]} for one in error.errors()])
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer as FastAPI does, but for a body that its JSON reader chokes on: that is a bad body like any other."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400 and error.__cause__ is not None:
+        return problems([{"type": "json_invalid", "loc": ["body"], "msg": "the body cannot be read as JSON"}])
+    return await http_exception_handler(request, error)
 
 
 def problems(found: Sequence[Mapping[str, Any]]) -> JSONResponse:

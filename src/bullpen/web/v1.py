@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from bullpen.core.instance import ENDED, Instance
 from bullpen.core.public import status
-from bullpen.errors import ConflictError, NotFoundError
+from bullpen.errors import ConflictError, NotFoundError, StateError
 from bullpen.node.supervisor import Supervisor
 from bullpen.web import models
 from bullpen.web.errors import documented
@@ -26,6 +28,15 @@ def own_instance(supervisor: Supervisor) -> Instance | None:
     return instance if instance is not None and instance.listed and instance.config.face == FACE else None
 
 
+def remember(supervisor: Supervisor, pid: int | None) -> None:
+    """Keep the last pid for callers that ask after the instance has gone; None forgets it.
+
+    Where the journal cannot be written the instance runs, or is gone, all the same.
+    """
+    with suppress(StateError):
+        supervisor.resources.journal.set_fact(LAST_PID, pid)
+
+
 @router.post("", response_model=models.V1Status, responses=documented(409, 422, 500), summary="Start the one instance")
 async def start(request: Request, config: models.V1Config) -> Response:
     """Start the instance. One that has ended by itself makes room."""
@@ -37,7 +48,7 @@ async def start(request: Request, config: models.V1Config) -> Response:
     elif current is not None:
         raise ConflictError(f"an instance is running already (pid {current.pid}); DELETE /v1/vllm first")
     instance = await supervisor.create(wanted, ID)
-    supervisor.resources.journal.set_fact(LAST_PID, instance.pid)
+    remember(supervisor, instance.pid)
     return JSONResponse({"status": "started", "pid": instance.pid})
 
 
@@ -49,6 +60,7 @@ async def stop(request: Request) -> Response:
     if current is None or current.state in ENDED:
         raise NotFoundError("no instance is running; POST /v1/vllm starts one")
     await supervisor.stop(ID)
+    remember(supervisor, current.pid)
     return JSONResponse({"status": "terminated", "pid": current.pid})
 
 

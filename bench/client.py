@@ -85,7 +85,14 @@ def complete(url: str, model: str, timeout: float = 60.0) -> Answer:
     Raises:
         OSError, http.client.HTTPException, BenchError: the server is not there, goes away, or refuses.
     """
-    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {
+        "model": model,
+        "prompt": PROMPT,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
     first, pieces = 0.0, []
     with connection(url, timeout) as opened:
         opened.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})

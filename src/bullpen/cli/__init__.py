@@ -1,0 +1,86 @@
+"""The command line: ``bullpen``, one file for each command.
+
+Modules of commands import nothing heavy before the command runs, so that ``bullpen serve`` answers early; see
+`bullpen.cli.common` for what they share.
+
+Exit codes: 0 done; 1 it did not work; 2 the command line or the settings are wrong; 130 ended by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from bullpen import __version__
+from bullpen.cli import demo, doctor, logs, ps, run, serve, stop
+from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain, explain
+from bullpen.errors import BullpenError
+
+app = typer.Typer(
+    name="bullpen",
+    help="Keeps vLLM warmed up and puts any model on your accelerators in seconds.",
+    epilog="Start with `bullpen serve` in one terminal and `bullpen run MODEL` in another, or with `bullpen demo`.",
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (serve.serve, run.run, ps.ps, logs.logs, stop.stop, doctor.doctor, demo.demo):
+    app.command(epilog=None)(command)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        print(f"bullpen {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def bullpen(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Keeps vLLM warmed up and puts any model on your accelerators in seconds."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; expected errors are one line on stderr."""
+    try:
+        code = app(args=arguments, prog_name="bullpen", standalone_mode=False)
+        sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except typer.TyperException as problem:
+        complain(f"{problem.format_message()}{hint_for(arguments or sys.argv[1:])}")
+        return problem.exit_code
+    except WrongUsageError as problem:
+        complain(str(problem))
+        return 2
+    except BullpenError as problem:
+        complain(explain(problem))
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has gone. What is left in the buffer must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def hint_for(arguments: Sequence[str]) -> str:
+    """What to try after a usage error."""
+    name = next((word for word in arguments if not word.startswith("-")), "")
+    if name == "run" and "--" not in arguments:
+        return " vLLM's own options go behind `--`, as in `bullpen run MODEL -- --max-model-len 4096`."
+    return f" See `bullpen {name} --help`." if name in COMMANDS else " See `bullpen --help`."
+
+
+COMMANDS = frozenset({"serve", "run", "ps", "logs", "stop", "doctor", "demo"})

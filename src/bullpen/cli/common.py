@@ -1,0 +1,111 @@
+"""What the commands share: options, errors, JSON. Everything heavy is imported when it is used."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from bullpen.errors import BullpenError
+
+if TYPE_CHECKING:
+    from bullpen.client import BullpenClient
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+COMPLETION_SECONDS = 1.0
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class WrongUsageError(BullpenError):
+    """The command line does not make sense; exit code 2."""
+
+
+def complete_ids(incomplete: str) -> list[str]:
+    """The ids of instances that begin so, for the shell's completion."""
+    from bullpen.client import BullpenClient
+
+    try:
+        with BullpenClient(timeout=COMPLETION_SECONDS) as client:
+            ids = [instance.instance_id for instance in client.list().instances]
+    except BullpenError:
+        return []
+    return [name for name in ids if name.startswith(incomplete)]
+
+
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        envvar="BULLPEN_URL",
+        metavar="URL",
+        help="The daemon. Default: the one of this user's state directory, else port 8001 of this host.",
+        rich_help_panel="Daemon",
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--access-key",
+        envvar=["BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY"],
+        metavar="KEY",
+        help="Its access key; a variable keeps it out of the process list. Found by itself for a daemon of this user.",
+        rich_help_panel="Daemon",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def connect(url: str | None, access_key: str | None) -> BullpenClient:
+    """A client of the daemon that the options name."""
+    from bullpen.client import BullpenClient
+
+    return BullpenClient(url, access_key)
+
+
+def complain(text: str) -> None:
+    """Say on stderr what went wrong."""
+    print(f"bullpen: {text}", file=sys.stderr)
+
+
+def explain(problem: BullpenError) -> str:
+    """An error's sentence, with the way out that this command line has."""
+    from bullpen.client import Refused
+
+    if isinstance(problem, Refused) and problem.status == 404:
+        return f"{problem}; `bullpen ps` lists those there are"
+    return str(problem)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result | BullpenError]]:
+    """Do something with each item at the same time; give each outcome as it comes.
+
+    The threads do not keep the command from ending early.
+    """
+    outcomes: queue.SimpleQueue[tuple[Item, Result | BullpenError]] = queue.SimpleQueue()
+
+    def do(item: Item) -> None:
+        try:
+            outcomes.put((item, work(item)))
+        except BullpenError as problem:
+            outcomes.put((item, problem))
+
+    threads = [threading.Thread(target=do, args=(item,), daemon=True) for item in items]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        yield outcomes.get()

@@ -1,0 +1,146 @@
+"""``bullpen serve``: the daemon.
+
+It must answer soon after it is typed, so nothing is imported here that the daemon itself does not need.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bullpen.cli.common import WrongUsageError
+from bullpen.errors import StateError
+
+LISTEN, INSTANCES, GPUS = "Listening", "Instances", "GPUs"
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML file with any of these settings.")] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Journal, logs, sockets and key, mode 0700. Default: $XDG_STATE_HOME/bullpen."
+        ),
+    ] = None,
+    log_level: Annotated[
+        Literal["critical", "error", "warning", "info", "debug"] | None,
+        typer.Option(metavar="LEVEL", help="critical, error, warning, info (default) or debug."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address of REST API and page. Default: 0.0.0.0.", rich_help_panel=LISTEN)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Its port; 0 picks one. Default: 8001.", rich_help_panel=LISTEN)
+    ] = None,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the gRPC service; 0 turns it off. Default: port + 1.", rich_help_panel=LISTEN),
+    ] = None,
+    access_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the admin key; the variable BULLPEN_ACCESS_KEY can hold the key itself. Default: no key,"
+            " and callers on this host alone.",
+            rich_help_panel=LISTEN,
+        ),
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-unauthenticated/--no-allow-unauthenticated",
+            help="Answer remote callers although there is no key: behind a network policy only.",
+            rich_help_panel=LISTEN,
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["vllm", "sim"] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Engine of instances that name none: vllm (default), or sim, a simulator.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Interpreter the engine runs in. Default: this one.", rich_help_panel=INSTANCES),
+    ] = None,
+    instance_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST",
+            help="Where servers listen whose options name no --host. Default: 127.0.0.1.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
+    allow_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A variable that instances may set although it changes how programs load. Repeatable.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
+    spares: Annotated[
+        int | None,
+        typer.Option(help="Processes forked ahead, waiting for a model. Default: 1.", rich_help_panel=INSTANCES),
+    ] = None,
+    start_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="How long one phase of a start may take. Default: 1800.", rich_help_panel=INSTANCES
+        ),
+    ] = None,
+    stop_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="From SIGTERM to SIGKILL for an instance. Default: 10.", rich_help_panel=INSTANCES
+        ),
+    ] = None,
+    on_exit: Annotated[
+        Literal["stop", "keep"] | None,
+        typer.Option(
+            metavar="stop|keep",
+            help="What SIGTERM to the daemon does to instances. Default: stop.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
+    log_cap: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BYTES",
+            help="How much of each instance's log is kept; 0 keeps all. Default: 256 MiB.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
+    mock_gpus: Annotated[
+        bool | None,
+        typer.Option("--mock-gpus/--no-mock-gpus", help="Pretend to have GPUs named GPU-0 …", rich_help_panel=GPUS),
+    ] = None,
+    mock_gpu_count: Annotated[
+        int | None, typer.Option(metavar="N", help="How many. Default: 8.", rich_help_panel=GPUS)
+    ] = None,
+) -> int:
+    """Run the daemon: warm the engine up, and start servers from it on request.
+
+    Each setting is also a variable, BULLPEN_ and the flag in capitals, and a key of the YAML file.
+    The command line goes before the environment, the environment before the file.
+
+    \b
+    Examples:
+      bullpen serve
+      bullpen serve --port 9000 --engine sim
+      BULLPEN_ACCESS_KEY=secret bullpen serve --config /etc/bullpen.yaml
+    """
+    flags = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
+    from bullpen.node.settings import load
+
+    try:
+        settings = load(flags, config)
+    except StateError as problem:
+        raise WrongUsageError(str(problem)) from problem
+    from bullpen.web.serve import serve as run_daemon
+
+    return run_daemon(settings)

@@ -1,0 +1,171 @@
+"""The wire without the waiting: what to send, what an answer means. Any kind of client is a thin shell around it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from bullpen.client.errors import ConnectionFailed, Refused, TimedOut, Unauthorized, UnexpectedAnswer
+from bullpen.client.models import Event, Instance, LogChunk
+from bullpen.client.target import Target
+from bullpen.errors import InvalidRequestError
+
+INSTANCES = "/v2/vllm/instances"
+WATCH = f"{INSTANCES}/watch"
+SILENCE_SECONDS = 60.0
+"""How long a watch with heartbeats (one every 15 s) may be silent before its connection counts as lost."""
+CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
+
+
+def instance_path(instance_id: str) -> str:
+    """The path of an instance.
+
+    Raises:
+        InvalidRequestError: no instance can have that id, and the path would lead somewhere else.
+    """
+    if instance_id in ("", "watch") or "/" in instance_id:
+        raise InvalidRequestError(f"no instance can be called {instance_id!r}", field="instance_id")
+    # Dots are unreserved, but a segment of dots alone would climb up the path.
+    return f"{INSTANCES}/{quote(instance_id, safe='', errors='replace').replace('.', '%2E')}"
+
+
+def config_body(options: str, **optional: Any) -> bytes:
+    """The body of a create; what is None is left out."""
+    given = {name: value for name, value in optional.items() if value is not None}
+    return json.dumps({"options": options, **given}).encode()
+
+
+def log_range(start: int, end: int | None) -> dict[str, str]:
+    """The header for the bytes from ``start`` up to and not including ``end``."""
+    return {"Range": f"bytes={start}-{'' if end is None else max(end - 1, start)}"}
+
+
+def new_headers(target: Target) -> dict[bytes, bytes]:
+    """What every request carries."""
+    headers = {b"Accept": b"application/json"}
+    if target.access_key:
+        headers[b"Authorization"] = b"Bearer " + target.access_key.encode(errors="surrogateescape")
+    return headers
+
+
+def client_options(target: Target, timeout: float) -> dict[str, Any]:
+    """How httpx's clients are made."""
+    return {
+        "base_url": target.url,
+        "headers": new_headers(target),
+        "timeout": timeout,
+        # A proxy is no way to one's own loopback, and the certificates take time to load that plain HTTP needs not.
+        "trust_env": not target.is_local,
+        "verify": target.url.startswith("https:"),
+        "limits": httpx.Limits(max_connections=None),
+    }
+
+
+@contextmanager
+def transport_errors(target: Target) -> Iterator[None]:
+    """Turn httpx's errors into this client's."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as problem:
+        reason = f" ({problem})" if target.url.startswith("https:") else ""
+        raise ConnectionFailed(
+            f"no Bullpen answers at {target.url}{reason}; start one with `bullpen serve`"
+        ) from problem
+    except httpx.TimeoutException as problem:
+        raise TimedOut(f"the daemon at {target.url} does not answer in time; `bullpen doctor` may say why") from problem
+    except httpx.RemoteProtocolError as problem:
+        raise ConnectionFailed(f"the connection to {target.url} ended in the middle of an answer") from problem
+    except httpx.TransportError as problem:
+        raise ConnectionFailed(f"the connection to {target.url} broke: {problem}") from problem
+
+
+def check(target: Target, response: httpx.Response, *expected: int) -> None:
+    """Let an answer pass whose status is expected; the body of another one must have been read.
+
+    Raises:
+        Refused: the daemon says no.
+        UnexpectedAnswer: this is no daemon's answer.
+    """
+    status = response.status_code
+    if status in expected:
+        return
+    if status == 401:
+        wrong = "does not accept this access key" if target.access_key else "wants its access key"
+        raise Unauthorized(f"the daemon at {target.url} {wrong}: set BULLPEN_ACCESS_KEY, or give --access-key")
+    text = sentence(response.content)
+    if status < 400 or text is None or text == "Not Found":  # a daemon's own 404 names what is not there
+        raise foreign(target)
+    raise Refused(text, status)
+
+
+def sentence(content: bytes) -> str | None:
+    """The words of an error's body; None where it has no such thing."""
+    try:
+        detail = json.loads(content)["detail"]
+        if isinstance(detail, str):
+            return detail
+        return "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in detail)
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def read_object(target: Target, content: bytes) -> Mapping[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        UnexpectedAnswer: it is none.
+    """
+    try:
+        document = json.loads(content)
+    except ValueError:
+        raise foreign(target) from None
+    if not isinstance(document, dict):
+        raise foreign(target)
+    return document
+
+
+def read_instance(target: Target, document: Mapping[str, Any]) -> Instance:
+    """The instance that a JSON object describes.
+
+    Raises:
+        UnexpectedAnswer: it describes none.
+    """
+    if "instance_id" not in document:
+        raise foreign(target)
+    return Instance.read(document)
+
+
+def foreign(target: Target) -> UnexpectedAnswer:
+    """The error for an answer that no daemon gives."""
+    return UnexpectedAnswer(f"what answers at {target.url} is no Bullpen; name its URL with --url or BULLPEN_URL")
+
+
+def read_log_chunk(target: Target, response: httpx.Response, start: int, end: int | None) -> LogChunk:
+    """The bytes of a log in an answer 206, or 416 where there are none at ``start``."""
+    found = CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    if found is None:
+        raise foreign(target)
+    first, total = found[1], int(found[2])
+    if first is None:
+        return LogChunk(b"", start, total)
+    data = response.content if end is None or end > start else b""
+    return LogChunk(data, int(first), total)
+
+
+class EventReader:
+    """Puts the bytes of a watch, in pieces of any size, together to events."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Sequence[Event]:
+        """Take the next bytes; return the events that they complete."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [Event.read(read_object(self._target, line)) for line in lines if line]

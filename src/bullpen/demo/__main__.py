@@ -1,0 +1,24 @@
+"""``python -m bullpen.demo``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bullpen.demo.main import run
+
+
+def main() -> int:
+    """Read the command line and run the demo."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bullpen.demo", description="Start real vLLM cold once, warm twice."
+    )
+    parser.add_argument("--cache", type=Path, help="where the models are kept (default: in $XDG_CACHE_HOME)")
+    parser.add_argument("--keep", action="store_true", help="leave the daemon and both instances running")
+    parser.add_argument("--json", action="store_true", help="print one document with the figures")
+    options = parser.parse_args()
+    return run(cache=options.cache, keep=options.keep, json_output=options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

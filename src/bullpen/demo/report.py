@@ -1,0 +1,194 @@
+"""What the demo shows: a line for each step, live while one lasts, and the tables at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from bullpen.demo.chat import Answer, printable
+from bullpen.demo.cold import Cold
+from bullpen.demo.daemon import Started
+from bullpen.demo.models import Engine
+from bullpen.demo.processes import Process
+
+MEGABYTE = 10**6
+WIDEST = 100
+LABEL = 8
+LOG_LINES = 4
+
+
+class Report:
+    """The demo's output, pretty on a terminal and plain elsewhere.
+
+    Args:
+        json_output: leave standard output to the one document; what is shown goes to a terminal's standard error.
+    """
+
+    def __init__(self, json_output: bool) -> None:
+        stream = sys.stderr if json_output else sys.stdout
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that has no check mark gets a question mark
+        self.console = Console(file=stream, highlight=False, quiet=json_output and not stream.isatty())
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def title(self, engine: Engine) -> None:
+        """Say what this is."""
+        self.console.print()
+        self.console.print(
+            Text.assemble(
+                ("Bullpen", "bold"),
+                f" with real vLLM {engine.version} and two tiny models. Their weights are random: so are their answers.",
+            )
+        )
+        self.console.print()
+
+    @contextmanager
+    def live(self, label: str, text: str) -> Iterator[Callable[[str, float], None]]:
+        """While a step lasts: what it does, how far it is and for how long it has been at it."""
+        if not self.console.is_terminal:
+            self._row("…", label, text)
+            yield lambda phase, progress: None
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn(f"{label:<{LABEL}} {text}"),
+            BarColumn(16),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[phase]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("", total=1.0, phase="")
+            yield lambda phase, done: progress.update(task, completed=done, phase=phase)
+
+    def done(self, label: str, text: str, seconds: float | None = None) -> None:
+        """A step that went right."""
+        self._row("[green]✓[/]", label, text, "" if seconds is None else duration(seconds))
+
+    def _row(self, mark: str, label: str, text: str | Text, right: str = "") -> None:
+        grid = Table.grid(padding=(0, 1))
+        grid.width = self._width
+        grid.add_column(width=1)
+        grid.add_column(width=LABEL, style="bold")
+        grid.add_column(ratio=1)
+        grid.add_column(justify="right", style="cyan", no_wrap=True)
+        grid.add_row(mark, label, text, right)
+        self.console.print(grid)
+
+    @property
+    def _width(self) -> int:
+        return min(self.console.width, WIDEST)
+
+    def started(self, started: Started) -> None:
+        """An instance that is ready, with the seconds at which its phases began."""
+        phases = started.instance["phases"]
+        named = " · ".join(f"{name.replace('_', ' ')} {at:.2f}" for name, at in phases.items() if name != "start")
+        self.done(started.name, f"forked and ready, first token after {duration(started.first_token)}", None)
+        self._row("", "", Text(named, "dim"))
+
+    def answer(self, model: str, answer: Answer) -> None:
+        """A completion."""
+        self.done(model, f"“{printable(answer.text)}”", answer.seconds)
+
+    @contextmanager
+    def streaming(self, model: str) -> Iterator[Callable[[str], None]]:
+        """A completion as it comes."""
+        self.console.print(Text.assemble("  ", (f"{model:<{LABEL}}", "bold"), " “"), end="")
+        yield lambda piece: self.console.print(Text(printable(piece), "cyan"), end="", soft_wrap=True)
+        self.console.print("”", style="default")
+
+    # -- tables -------------------------------------------------------------------------------------------------
+
+    def processes(self, tree: Sequence[Process]) -> None:
+        """The tree, and whose memory is whose."""
+        table = self._table("Processes (MB)")
+        table.add_column("process", no_wrap=True, overflow="ellipsis", ratio=1)
+        for name in ("pid", "private", "shared", "PSS"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for process, branch in zip(tree, branches([process.depth for process in tree]), strict=True):
+            amounts = (megabytes(amount) for amount in (process.private, process.shared, process.pss))
+            table.add_row(Text(branch + process.title), str(process.pid), *amounts)
+        self._print(table)
+        self._note("shared: with the zygote, which imported vLLM once. PSS counts each shared page once over all who")
+
+    def log(self, name: str, text: str) -> None:
+        """The end of a log."""
+        table = self._table(f"The end of {name}'s log")
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1, style="dim")
+        for line in text.splitlines()[-LOG_LINES:]:
+            table.add_row(Text(printable(line)))
+        table.show_header = False
+        self._print(table)
+
+    def summary(self, cold: Cold, started: Sequence[Started], further: int) -> None:
+        """The figures this was about."""
+        table = self._table("What it comes to")
+        table.add_column("")
+        for name in ("vllm serve, cold", "Bullpen, warm", "ratio"):
+            table.add_column(name, justify="right")
+        for one in started:
+            ratio = f"{cold.first_token / one.first_token:.0f} times faster"
+            row = (f"start of {one.name} to first token", duration(cold.first_token), duration(one.first_token), ratio)
+            table.add_row(*row)
+        ratio = f"{cold.memory / further:.1f} times less"
+        table.add_row("memory of a further server", f"{megabytes(cold.memory)} MB", f"{megabytes(further)} MB", ratio)
+        self._print(table)
+
+    def _table(self, title: str) -> Table:
+        return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, width=self._width)
+
+    def _print(self, table: Table) -> None:
+        self.console.print()
+        self.console.print(Padding(table, (0, 0, 0, 2)))
+
+    def _note(self, text: str) -> None:
+        self.console.print(Padding(Text(text, "dim"), (0, 0, 0, 2)))
+
+    def next_steps(self, commands: Sequence[tuple[str, str]]) -> None:
+        """Where to go from here."""
+        table = self._table("Next")
+        table.show_header = False
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(ratio=1)
+        for command, meaning in commands:
+            table.add_row(Text(command), meaning)
+        self._print(table)
+        self.console.print()
+
+    def failed(self, problem: str) -> None:
+        """A step that went wrong."""
+        self.console.print(Text.assemble(("✗ ", "red"), problem))
+
+
+def branches(depths: Sequence[int]) -> list[str]:
+    """The lines that draw a tree whose nodes come with their depths, parents before children."""
+    drawn = []
+    for place, depth in enumerate(depths):
+        line = ""
+        for level in range(1, depth + 1):
+            below = [other for other in depths[place + 1 :]]
+            until = next((index for index, other in enumerate(below) if other < level), len(below))
+            more = level in below[:until]
+            if level == depth:
+                line += "├─ " if more else "└─ "
+            else:
+                line += "│  " if more else "   "
+        drawn.append(line)
+    return drawn
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def megabytes(amount: int) -> str:
+    """Bytes as millions."""
+    return f"{amount / MEGABYTE:.0f}"

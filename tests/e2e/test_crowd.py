@@ -1,0 +1,41 @@
+"""A hundred instances at once, and nothing of them left after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.support.daemon import Daemon, wait_until
+from tests.support.processes import command_lines, open_descriptors
+
+CROWD = 100
+
+
+def test_a_hundred_instances(start_daemon: Callable[..., Daemon]) -> None:
+    """All start, are listed, answer and go; no process, port, file or descriptor is left."""
+    daemon = start_daemon().wait_warm()
+    daemon.create(instance_id="first")
+    daemon.wait_state("first", "ready")
+    daemon.delete("first")
+    descriptors = open_descriptors(daemon.pid)
+    with ThreadPoolExecutor(16) as pool:
+        created = list(pool.map(lambda number: daemon.create(instance_id=f"crowd-{number}"), range(CROWD)))
+    assert len({one["url"] for one in created}) == CROWD
+    wait_until(
+        lambda: {one["state"] for one in daemon.http.get("/v2/vllm/instances").json()["instances"]} == {"ready"}, 60
+    )
+    reply = daemon.http.delete("/v2/vllm/instances").json()
+    assert reply["total_stopped"] == CROWD
+    assert not [line for line in command_lines().values() if "bullpen: crowd-" in line]
+    assert not list((daemon.state_dir / "logs").glob("[0-9a-f]*.log"))
+    assert not [path for path in (daemon.state_dir / "run").glob("*")] if (daemon.state_dir / "run").exists() else True
+    wait_until(lambda: open_descriptors(daemon.pid) <= descriptors + 2, 10, lambda: str(list_descriptors(daemon.pid)))
+    listening = Path("/proc/net/tcp").read_text()
+    ports = {int(one["url"].rpartition(":")[2]) for one in created}
+    assert not [port for port in ports if f":{port:04X} 00000000:0000 0A" in listening]
+
+
+def list_descriptors(pid: int) -> list[str]:
+    """What a process has open."""
+    return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
