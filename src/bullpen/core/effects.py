@@ -1,6 +1,7 @@
 """What the fleet wants done. ``bullpen.node`` carries out each effect, in order, and reports the outcome as an event.
 
-The outcome that each effect must have sooner or later, whatever happens, stands in its docstring.
+The outcome that each effect must have sooner or later, whatever happens, stands in its docstring. It is reported only
+while the fleet still has the very instance that the effect was for: another one may have the same id by then.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Discard:
-    """Let go of the leased process, the held port and the files of a create that came to nothing. No outcome."""
+    """Let go of the leased process, the held port and the files of a create that came to nothing before its start. No
+    outcome, nor any more of a check that is under way."""
 
     id: str
     key: str
@@ -67,8 +69,9 @@ class Terminate:
 
 @dataclass(frozen=True)
 class KillTree:
-    """SIGKILL every process of the tree until a scan finds none. → ``TreeGone`` or ``TreeStuck``; ``Exited`` before
-    either where the server process was alive."""
+    """SIGKILL every process of the tree until a scan finds none; one that is under way is joined. A process that was
+    leased and not yet told to start counts as a tree. → ``TreeGone`` or ``TreeStuck``; ``Exited`` before ``TreeGone``
+    where this daemon leased or adopted the server process and has not reported its end yet."""
 
     id: str
 

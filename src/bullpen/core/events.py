@@ -40,7 +40,7 @@ class PortReady:
 
 @dataclass(frozen=True)
 class Refused:
-    """Check, port or start came to nothing."""
+    """Check, port, save or start came to nothing, or the daemon ends; no matter to a create that is decided."""
 
     id: str
     error: BullpenError
@@ -95,7 +95,10 @@ class TreeStuck:
 
 @dataclass(frozen=True)
 class Stop:
-    """Somebody asks to stop and remove an instance; ``timeout``: seconds from SIGTERM to SIGKILL."""
+    """Somebody asks to stop and remove an instance; ``timeout``: seconds from SIGTERM to SIGKILL.
+
+    A second one may bring the SIGKILL forward. One that comes before the instance is listed ends the create.
+    """
 
     request: int
     id: str

@@ -26,12 +26,12 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.SLEEPING: frozenset({State.READY, State.STARTING, State.STOPPING, State.STOPPED, State.FAILED}),
     State.STOPPING: frozenset({State.STOPPED, State.FAILED}),
     State.STOPPED: frozenset({State.STARTING}),
-    State.FAILED: frozenset({State.STARTING, State.STOPPING, State.STOPPED}),
+    State.FAILED: frozenset({State.STARTING}),
 }
-"""The states that may follow each state. A stuck stop ends ``failed`` and may be tried again."""
+"""The states that may follow each state. A stuck stop ends ``failed``; trying again changes the state no more."""
 
 ENDED = frozenset({State.STOPPED, State.FAILED})
-"""The states of an instance whose server process is gone."""
+"""The states of an instance that is over: its server process has ended, or outlives SIGKILL."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Instance:
         phase: what it does while it starts; `progress` is 0 to 1.
         revision: the counter's value at its last change that a watcher sees.
         exit_code: of an ended server; a signal's is negative; None where nobody saw it.
-        tree_gone: whether no process of its tree is left.
+        ended_at: when the end of the server process was seen.
+        tree_gone: whether there is no process of its tree: not yet, or no more.
     """
 
     id: str
@@ -127,7 +128,7 @@ class Instance:
     @property
     def running(self) -> bool:
         """Whether its server process lives."""
-        return self.pid is not None and self.state not in ENDED
+        return self.pid is not None and self.ended_at is None
 
     def enter(self, state: State) -> None:
         """Change the state.

@@ -28,6 +28,8 @@ LOADER_VARIABLES = (
     "NVTX_INJECTION64_PATH",
 )
 """Variables that make a program load other code than it would; each needs the operator's ``--allow-env``."""
+MOST_BYTES = 64 * 1024
+"""Options and variables together, as JSON. They reach the server's process in one message, variables twice."""
 
 
 def check_id(instance_id: str) -> str:
@@ -95,6 +97,17 @@ def check_value(name: str, value: Any) -> str:
     return value
 
 
+def check_size(argv: tuple[str, ...], variables: Mapping[str, str]) -> None:
+    """Refuse what is too long to be handed over."""
+    of_options, of_variables = len(json.dumps(argv)), len(json.dumps(variables))
+    if of_options + of_variables > MOST_BYTES:
+        raise InvalidRequestError(
+            f"options ({of_options} bytes) and env_vars ({of_variables}) are too long: {MOST_BYTES} bytes together is"
+            " the most; put long values, such as a chat template, into a file",
+            field="options" if of_options > of_variables else "env_vars",
+        )
+
+
 def check_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
     """Return the annotations, or refuse what could not be sent back."""
     if any(_has_surrogate(text) for pair in annotations.items() for text in pair):
@@ -117,13 +130,16 @@ def read_config(
     Raises:
         InvalidRequestError: a field can never work.
     """
+    argv = split_options(options)
+    variables = None if env_vars is None else check_variables(env_vars, allowed)
+    check_size(argv, variables or {})
     uuids = None if gpu_uuids is None else tuple(gpu_uuids)
     if uuids is not None and len(set(uuids)) != len(uuids):
         raise InvalidRequestError("a GPU is named twice", field="gpu_uuids")
     return Config(
         options=options,
-        argv=split_options(options),
-        env_vars=None if env_vars is None else check_variables(env_vars, allowed),
+        argv=argv,
+        env_vars=variables,
         gpu_uuids=uuids,
         annotations=None if annotations is None else check_annotations(annotations),
         engine=engine,

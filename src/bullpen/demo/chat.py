@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from bullpen.demo.errors import DemoError, expect
+from bullpen.demo.checks import DemoError, expect
 
 PROMPT = "Who is warm when the coach calls?"
 ANSWER_SECONDS = 60.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from bullpen.demo import chat, processes
-from bullpen.demo.errors import DemoError, expect
+from bullpen.demo.checks import deadline, expect
 from bullpen.demo.models import Engine, environment
 from bullpen.engines.phases import PhaseReader
 
@@ -87,17 +87,12 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, show:
         DemoError: the server ends, or takes too long; the text holds the log's last line.
     """
     reader = PhaseReader()
-    deadline = time.monotonic() + START_SECONDS
-    with log.open("rb") as lines:
+    with log.open("rb") as lines, deadline(START_SECONDS, "the start of vLLM's own server"):
         while not answers(url):
             reader.feed(lines.read())
             show(str(reader.phase or "imports"), reader.progress)
-            ended = server.poll() is not None
-            if ended or time.monotonic() > deadline:
-                what = (
-                    f"ended with status {server.returncode}" if ended else f"is not ready after {START_SECONDS:.0f} s"
-                )
-                raise DemoError(f"vLLM's own server {what}; its log ends:\n{tail(log)}")
+            code = server.poll()
+            expect(code is None, f"vLLM's own server ended with status {code}; its log ends:\n{tail(log)}")
             time.sleep(PAUSE)
 
 
@@ -115,11 +110,9 @@ def stop(server: subprocess.Popen[bytes]) -> bool:
     with suppress(subprocess.TimeoutExpired):
         server.wait(STOP_SECONDS)
     # An engine core that is left behind lives on, and keeps the port.
-    gone = processes.wait_until_gone({server.pid}, ORPHAN_SECONDS) or processes.kill_sessions(
-        {server.pid}, STOP_SECONDS
-    )
-    server.wait(STOP_SECONDS)
-    return gone
+    gone = processes.wait_until_gone({server.pid}, ORPHAN_SECONDS)
+    gone = gone or processes.kill_sessions({server.pid}, STOP_SECONDS)
+    return gone and server.wait() is not None
 
 
 def free_port() -> int:

@@ -21,19 +21,19 @@ from typing import Any
 
 from bullpen.demo import chat, cold, models
 from bullpen.demo.chat import Answer
+from bullpen.demo.checks import expect
 from bullpen.demo.cold import Cold
 from bullpen.demo.daemon import Daemon, Started
-from bullpen.demo.errors import DemoError, expect
 from bullpen.demo.models import Engine
 from bullpen.demo.processes import Process, total_pss
-from bullpen.demo.report import Report
+from bullpen.demo.report import Report, duration
 from bullpen.errors import BullpenError
 from bullpen.node import settings
 
 INTERRUPTED = 130
 
 NEXT = (
-    ("bullpen serve", "start the daemon; http://127.0.0.1:8001/docs describes its API"),
+    ("bullpen serve", "start the daemon; its API: http://127.0.0.1:8001/docs"),
     ("bullpen run MODEL", "start a model of yours and watch its phases"),
     ("bullpen ps · logs · stop", "see what runs, read its log, end it"),
     ("bullpen doctor", "what is installed here, and what to fix"),
@@ -69,7 +69,12 @@ class Findings:
             "cold": asdict(self.cold),
             "daemon": {"answers_after": self.answers_after, "warm_after": self.warm_after},
             "warm": [
-                {"created": one.created, "ready": one.ready, "first_token": one.first_token, "instance": one.instance}
+                {
+                    "created": one.created,
+                    "ready": one.ready,
+                    "first_token": one.first_token,
+                    "instance": one.instance.document,
+                }
                 for one in self.started
             ],
             "ratios": [self.cold.first_token / one.first_token for one in self.started],
@@ -84,7 +89,7 @@ def run(*, cache: Path | None, keep: bool, json_output: bool) -> int:
 
     Args:
         cache: where the two models are kept; a folder in the user's cache where None.
-        keep: leave the daemon and both instances running, and say how to use and end them.
+        keep: leave the daemon's state directory, with its output and the cold server's log.
         json_output: print one document with the figures instead of the story.
 
     Returns:
@@ -129,15 +134,12 @@ def play(report: Report, cache: Path, keep: bool) -> Findings:
                 start(report, daemon, shlex.join(engine.options(path)), path.name, findings)
             talk(report, findings)
             look(report, daemon, findings)
-            if keep:
-                daemon.keep()
-            else:
-                end(report, daemon, findings.started)
+            end(report, daemon, findings.started)
     finally:
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
     report.summary(findings.cold, findings.started, findings.further)
-    report.next_steps(kept_commands(daemon, findings.started) if keep else NEXT)
+    report.next_steps([*NEXT, (f"ls {work}", "the logs")] if keep else NEXT)
     return findings
 
 
@@ -145,7 +147,7 @@ def compare(report: Report, engine: Engine, model: Path, work: Path) -> Cold:
     """Start vLLM's own server once."""
     with report.live("cold", f"vllm serve {model.name}") as show:
         measured = cold.measure(engine, model, work, show)
-    text = f"vllm serve {model.name} to its first token; {measured.processes} processes, each with imports of its own"
+    text = f"vllm serve {model.name}, {measured.processes} processes, to its first token"
     report.done("cold", text, measured.first_token)
     return measured
 
@@ -155,17 +157,15 @@ def warm(report: Report, daemon: Daemon, findings: Findings) -> None:
     with report.live("daemon", "importing vLLM once") as show:
         findings.answers_after = daemon.wait_until_it_answers()
         findings.warm_after = daemon.wait_until_warm(show)
-    answers = f"{findings.answers_after:.1f} s"
-    report.done("daemon", f"answers after {answers}, has imported vLLM after", findings.warm_after)
+    text = f"answers after {duration(findings.answers_after)}, has imported vLLM after"
+    report.done("daemon", text, findings.warm_after)
     findings.memory.append(total_pss(daemon.tree()))
 
 
 def start(report: Report, daemon: Daemon, options: str, name: str, findings: Findings) -> None:
     """Create one instance and see it answer."""
-    with report.live(name, "PUT /v2/vllm/instances/" + name) as show:
+    with report.live(name, "PUT /v2/vllm/instances") as show:
         started = daemon.start(name, options, show)
-    how = started.instance["start"]
-    expect(how in ("spare", "fork"), f"{name} was started by {how!r}: a fresh interpreter, not a fork")
     findings.started.append(started)
     findings.memory.append(total_pss(daemon.tree()))
     report.started(started)
@@ -188,7 +188,7 @@ def look(report: Report, daemon: Daemon, findings: Findings) -> None:
     findings.tree = daemon.tree()
     pids = {process.pid for process in findings.tree}
     for one in findings.started:
-        expect(one.instance["pid"] in pids, f"{one.name}'s process {one.instance['pid']} is not below the daemon")
+        expect(one.instance.pid in pids, f"{one.name}'s process {one.instance['pid']} is not below the daemon")
     expect(findings.further > 0, "a further instance took no memory, so something was not measured")
     report.processes(findings.tree)
     name = findings.started[-1].name
@@ -200,17 +200,8 @@ def look(report: Report, daemon: Daemon, findings: Findings) -> None:
 def end(report: Report, daemon: Daemon, started: Sequence[Started]) -> None:
     """Stop everything and look whether it has."""
     for one in started:
-        report.done(one.name, "deleted; no process of it was left when the reply came", daemon.delete(one.name))
-    report.done("daemon", "ended; a scan of /proc finds nobody of its processes", daemon.end())
-
-
-def kept_commands(daemon: Daemon, started: Sequence[Started]) -> list[tuple[str, str]]:
-    """How to use and how to end what is left running."""
-    return [
-        (f"curl {daemon.url}/v2/vllm/instances", "what runs"),
-        *((f"curl {one.url}/v1/models", f"talk to {one.name} as to any OpenAI server") for one in started),
-        (f"kill {daemon.pid}", f"end all of it; its files are in {daemon.folder}"),
-    ]
+        report.done(one.name, "deleted over REST; no process of it is left", daemon.delete(one))
+    report.done("daemon", "ended by SIGTERM; a scan of /proc finds nothing left of it", daemon.end())
 
 
 @contextmanager

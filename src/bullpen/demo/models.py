@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bullpen.demo import tiny_models
-from bullpen.demo.errors import DemoError
+from bullpen.demo.checks import DemoError
 from bullpen.engines.registry import ENGINES
 
 SEEDS = {"tiny-a": 1, "tiny-b": 2}
@@ -24,8 +24,8 @@ GPU_OPTIONS = ("--gpu-memory-utilization", "0.05")
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1"}
 """Nothing of the demo leaves this machine."""
-MISLEADING = ("VLLM_CPU_KVCACHE_SPACE",)
-"""Variables that would overrule the options above."""
+MISLEADING = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_ACCESS_KEY")
+"""Variables that would overrule the options above, or the daemon's settings."""
 
 
 @dataclass(frozen=True)

@@ -39,17 +39,15 @@ class Process:
 def read_tree(root: int) -> list[Process]:
     """A process and all below it, parents before children; those that end meanwhile are left out."""
     found: list[Process] = []
-    try:
+    with suppress(psutil.NoSuchProcess):
         _read_below(psutil.Process(root), 0, found)
-    except psutil.NoSuchProcess:
-        pass
     return found
 
 
 def _read_below(process: psutil.Process, depth: int, found: list[Process]) -> None:
     try:
         memory = process.memory_full_info()
-        title = " ".join(word for word in process.cmdline() if word) or process.name()
+        title = title_of(process)
     except (psutil.NoSuchProcess, psutil.AccessDenied):  # a zombie counts as gone
         return
     found.append(Process(process.pid, depth, title, memory.uss, memory.rss - memory.uss, memory.pss))
@@ -57,18 +55,24 @@ def _read_below(process: psutil.Process, depth: int, found: list[Process]) -> No
         _read_below(child, depth + 1, found)
 
 
+def title_of(process: psutil.Process) -> str:
+    """What a process calls itself: its title, or its command line without the program's folder."""
+    program, *words = [word for word in process.cmdline() if word] or [process.name()]
+    return " ".join([Path(program).name if program.startswith("/") else program, *words])
+
+
 def total_pss(processes: Iterable[Process]) -> int:
     """The memory that processes take together, in bytes."""
     return sum(process.pss for process in processes)
 
 
-def in_sessions(sessions: Collection[int]) -> list[trees.Process]:
+def in_sessions(sessions: Collection[int | None]) -> list[trees.Process]:
     """The living processes of some sessions."""
     everyone = trees.read_processes().values()
     return [process for process in everyone if process.session in sessions and process.state not in "ZX"]
 
 
-def kill_sessions(sessions: Collection[int], seconds: float) -> bool:
+def kill_sessions(sessions: Collection[int | None], seconds: float) -> bool:
     """SIGKILL whoever is in some sessions until nobody is; return whether that came in time."""
     deadline = time.monotonic() + seconds
     while alive := in_sessions(sessions):
@@ -81,7 +85,7 @@ def kill_sessions(sessions: Collection[int], seconds: float) -> bool:
     return True
 
 
-def wait_until_gone(sessions: Collection[int], seconds: float) -> bool:
+def wait_until_gone(sessions: Collection[int | None], seconds: float) -> bool:
     """Wait for the end of every process of some sessions; return whether it came in time."""
     deadline = time.monotonic() + seconds
     while in_sessions(sessions):
@@ -91,7 +95,7 @@ def wait_until_gone(sessions: Collection[int], seconds: float) -> bool:
     return True
 
 
-def leftovers(sessions: Collection[int], folder: Path) -> list[str]:
+def leftovers(sessions: Collection[int | None], folder: Path) -> list[str]:
     """Who is left of a daemon's processes, by a scan of ``/proc``: anyone in a session that it or its children led, or
     with a file open below its folder."""
     inside = f"{folder.resolve()}/"

@@ -16,11 +16,12 @@ from bullpen.demo.chat import Answer, printable
 from bullpen.demo.cold import Cold
 from bullpen.demo.daemon import Started
 from bullpen.demo.models import Engine
-from bullpen.demo.processes import Process
+from bullpen.demo.processes import Process, total_pss
 
 MEGABYTE = 10**6
 WIDEST = 100
 LABEL = 8
+INDENT = 2
 LOG_LINES = 4
 
 
@@ -41,14 +42,8 @@ class Report:
 
     def title(self, engine: Engine) -> None:
         """Say what this is."""
-        self.console.print()
-        self.console.print(
-            Text.assemble(
-                ("Bullpen", "bold"),
-                f" with real vLLM {engine.version} and two tiny models. Their weights are random: so are their answers.",
-            )
-        )
-        self.console.print()
+        self.console.print(Text.assemble("\n", ("Bullpen", "bold"), f" with real vLLM {engine.version}, cold and warm"))
+        self.console.print(Text("two tiny models; their weights are random, and so are their answers\n", "dim"))
 
     @contextmanager
     def live(self, label: str, text: str) -> Iterator[Callable[[str, float], None]]:
@@ -88,10 +83,9 @@ class Report:
 
     def started(self, started: Started) -> None:
         """An instance that is ready, with the seconds at which its phases began."""
-        phases = started.instance["phases"]
-        named = " · ".join(f"{name.replace('_', ' ')} {at:.2f}" for name, at in phases.items() if name != "start")
-        self.done(started.name, f"forked and ready, first token after {duration(started.first_token)}", None)
-        self._row("", "", Text(named, "dim"))
+        self.done(started.name, "created over REST, to its first token", started.first_token)
+        phases = [(name.replace("_", " "), at) for name, at in started.instance.phases.items() if name != "start"]
+        self._row("", "", Text(" · ".join(f"{name} {at:.2f}" for name, at in phases), "dim"))
 
     def answer(self, model: str, answer: Answer) -> None:
         """A completion."""
@@ -108,15 +102,17 @@ class Report:
 
     def processes(self, tree: Sequence[Process]) -> None:
         """The tree, and whose memory is whose."""
-        table = self._table("Processes (MB)")
+        table = self._table("Processes, and their memory in MB")
         table.add_column("process", no_wrap=True, overflow="ellipsis", ratio=1)
         for name in ("pid", "private", "shared", "PSS"):
             table.add_column(name, justify="right", no_wrap=True)
         for process, branch in zip(tree, branches([process.depth for process in tree]), strict=True):
             amounts = (megabytes(amount) for amount in (process.private, process.shared, process.pss))
             table.add_row(Text(branch + process.title), str(process.pid), *amounts)
+        table.add_row("", "", "", "", megabytes(total_pss(tree)), style="bold")
         self._print(table)
-        self._note("shared: with the zygote, which imported vLLM once. PSS counts each shared page once over all who")
+        note = "shared: what the zygote imported once, and libraries; PSS: private and a fair part of shared"
+        self.console.print(Padding(Text(note, "dim"), (0, 0, 0, INDENT)))
 
     def log(self, name: str, text: str) -> None:
         """The end of a log."""
@@ -130,26 +126,23 @@ class Report:
     def summary(self, cold: Cold, started: Sequence[Started], further: int) -> None:
         """The figures this was about."""
         table = self._table("What it comes to")
-        table.add_column("")
+        table.add_column("", ratio=1)
         for name in ("vllm serve, cold", "Bullpen, warm", "ratio"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for one in started:
-            ratio = f"{cold.first_token / one.first_token:.0f} times faster"
-            row = (f"start of {one.name} to first token", duration(cold.first_token), duration(one.first_token), ratio)
+            ratio = f"{cold.first_token / one.first_token:.0f}×"
+            row = (f"{one.name} to its first token", duration(cold.first_token), duration(one.first_token), ratio)
             table.add_row(*row)
-        ratio = f"{cold.memory / further:.1f} times less"
+        ratio = f"{cold.memory / further:.1f}×"
         table.add_row("memory of a further server", f"{megabytes(cold.memory)} MB", f"{megabytes(further)} MB", ratio)
         self._print(table)
 
     def _table(self, title: str) -> Table:
-        return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, width=self._width)
+        width = self._width - INDENT
+        return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, width=width)
 
     def _print(self, table: Table) -> None:
-        self.console.print()
-        self.console.print(Padding(table, (0, 0, 0, 2)))
-
-    def _note(self, text: str) -> None:
-        self.console.print(Padding(Text(text, "dim"), (0, 0, 0, 2)))
+        self.console.print(Padding(table, (1, 0, 0, INDENT), expand=False))
 
     def next_steps(self, commands: Sequence[tuple[str, str]]) -> None:
         """Where to go from here."""
@@ -171,17 +164,15 @@ def branches(depths: Sequence[int]) -> list[str]:
     """The lines that draw a tree whose nodes come with their depths, parents before children."""
     drawn = []
     for place, depth in enumerate(depths):
-        line = ""
-        for level in range(1, depth + 1):
-            below = [other for other in depths[place + 1 :]]
-            until = next((index for index, other in enumerate(below) if other < level), len(below))
-            more = level in below[:until]
-            if level == depth:
-                line += "├─ " if more else "└─ "
-            else:
-                line += "│  " if more else "   "
-        drawn.append(line)
+        stems = ["│  " if goes_on(depths[place + 1 :], level) else "   " for level in range(1, depth)]
+        own = ("├─ " if goes_on(depths[place + 1 :], depth) else "└─ ") if depth else ""
+        drawn.append("".join(stems) + own)
     return drawn
+
+
+def goes_on(below: Sequence[int], level: int) -> bool:
+    """Whether a branch at some level has another node further down."""
+    return next((depth == level for depth in below if depth <= level), False)
 
 
 def duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ from bullpen.core.instance import Config, Instance
 from bullpen.core.public import public
 from bullpen.engines.crash import CrashClass, Failure
 from bullpen.engines.registry import ENGINES
-from bullpen.errors import LaunchError, NotFoundError, StateError
+from bullpen.errors import LaunchError, NotFoundError, StateError, StuckError
 from bullpen.node import gpus
 from bullpen.node.bus import Bus, encode
 from bullpen.node.cgroups import Cgroups
@@ -47,6 +47,7 @@ PR_SET_CHILD_SUBREAPER = 36
 KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
 """Never inherited by an engine."""
 HOUSEKEEPING_SECONDS = 2.0
+ENDING = "this daemon is ending; ask again when it is back"
 GPU_SECONDS = 10.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -71,6 +72,7 @@ class Supervisor:
         self._waiting: dict[int, asyncio.Future[tuple[Instance, str]]] = {}
         self._closing = False
         self._housekeeping: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self.fleet: Fleet
         self.resources: Resources
         self._executor: Executor
@@ -185,7 +187,7 @@ class Supervisor:
         """
         instance_id = str(uuid.uuid4()) if instance_id is None else request.check_id(instance_id)
         if self._closing:
-            raise LaunchError("this daemon is ending; ask again when it is back")
+            raise LaunchError(ENDING)
         instance, _ = await self._ask(ev.Create(next(self._requests), instance_id, uuid.uuid4().hex, config))
         return instance
 
@@ -296,9 +298,24 @@ class Supervisor:
                 self.resources.logs.enforce_cap(instance.key)
 
     def begin_shutdown(self) -> None:
-        """End every stream and take no new instances; `close` does the rest. May be called more than once."""
+        """Take no new instances, refuse those that wait, end every stream, and begin to stop what runs (or leave it,
+        where so set). `close` sees it through. May be called more than once."""
+        if self._stopping is not None:
+            return
         self._closing = True
         self.bus.close()
+        for instance in list(self.fleet.instances.values()):
+            if not instance.listed:
+                self.submit(ev.Refused(instance.id, LaunchError(ENDING)))
+        self._stopping = asyncio.ensure_future(self._stop_for_exit())
+
+    async def _stop_for_exit(self) -> None:
+        if self.settings.on_exit == "keep":
+            return
+        try:
+            await self.stop_all()
+        except StuckError as problem:
+            logger.error("%s", problem)
 
     async def close(self) -> None:
         """Stop everything (or leave the instances, where so set) and let go of the state directory. Once is enough."""
@@ -307,15 +324,8 @@ class Supervisor:
             return
         self._housekeeping.cancel()
         self._housekeeping = None
-        if self.settings.on_exit == "stop":
-            for instance in list(self.fleet.instances.values()):
-                if not instance.listed:
-                    self.submit(
-                        ev.Refused(instance.id, LaunchError("this daemon is ending; ask again when it is back"))
-                    )
-            for outcome in await asyncio.gather(self.stop_all(), return_exceptions=True):
-                if isinstance(outcome, BaseException):
-                    logger.error("%s", outcome)
+        assert self._stopping is not None
+        await self._stopping
         await self.resources.zygotes.close()
         await self._executor.close()
         self.resources.journal.close()

@@ -9,7 +9,8 @@ How a request travels, which is also the order in which to read the modules:
 - `server` is the server process: it binds the port, forks the engine child, starts up phase by phase, serves, ends.
 - `engine_child` is the other process; `engine` is the server's side of it.
 - `http` reads requests and writes replies; `routes` says which reply belongs to which request.
-- `requests` checks a JSON body, `scheduler` paces it token by token, `words` makes the text, `answers` the JSON.
+- `requests` checks a JSON body, `scheduler` paces the tokens, `words` has the text, `writer` joins both, `answers`
+  shapes the JSON.
 - `metrics` counts, `log` writes lines in vLLM's shape.
 
 Only the standard library is used, and importing starts nothing: no thread, no event loop, no descriptor.

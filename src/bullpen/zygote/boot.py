@@ -5,17 +5,19 @@ package (the daemon's site-packages, say) can shadow a module of the engine. Kep
 process, Python runs this file again in it.
 """
 
+import os
 import sys
 
 if "bullpen" not in sys.modules:
-    import importlib.util
-    from pathlib import Path
-
-    _package = Path(__file__).resolve().parents[1]
-    if sys.path and Path(sys.path[0]).resolve() == _package / "zygote":
+    _folder = os.path.dirname(os.path.realpath(__file__))
+    # Before anything else is imported: no module beside this file may stand in for one of the same name.
+    if sys.path and os.path.realpath(sys.path[0]) == _folder:
         del sys.path[0]
+    import importlib.util
+
+    _package = os.path.dirname(_folder)
     _spec = importlib.util.spec_from_file_location(
-        "bullpen", _package / "__init__.py", submodule_search_locations=[str(_package)]
+        "bullpen", os.path.join(_package, "__init__.py"), submodule_search_locations=[_package]
     )
     assert _spec is not None and _spec.loader is not None
     sys.modules["bullpen"] = importlib.util.module_from_spec(_spec)

@@ -40,12 +40,19 @@ class Process:
         return _ask(self.channel, {"op": "check", "argv": list(argv)})
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: int, cwd: str = "/", title: str = "") -> None:
-        """Make the process the server that ``argv`` describes."""
+        """Make the process the server that ``argv`` describes.
+
+        Raises:
+            ZygoteError: it cannot become the server, or has ended.
+        """
         message = {"op": "start", "argv": list(argv), "env": dict(env), "cwd": cwd, "title": title or shlex.join(argv)}
         protocol.send(self.channel, {**message, "user_env": dict(env)}, (log,))
-        if protocol.receive(self.channel) is None:
-            raise ZygoteError(f"process {self.pid} ended before it became a server")
+        received = protocol.receive(self.channel)
         self.channel.close()
+        if received is None:
+            raise ZygoteError(f"process {self.pid} ended before it became a server")
+        if not received[0].get("ok"):
+            raise ZygoteError(f"process {self.pid} cannot become the server: {received[0].get('error')}")
 
 
 class ZygoteClient:

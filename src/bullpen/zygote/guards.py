@@ -33,8 +33,8 @@ def accelerator_context() -> str | None:
     """Say where this process holds an accelerator context, which no child of a fork could use."""
     torch = sys.modules.get("torch")
     for backend in ("cuda", "xpu"):
-        module = getattr(torch, backend, None)
-        if module is not None and module.is_initialized():
+        is_initialized = getattr(getattr(torch, backend, None), "is_initialized", None)
+        if is_initialized is not None and is_initialized():
             return f"torch.{backend} is initialised"
     for descriptor in os.listdir("/proc/self/fd"):
         try:

@@ -10,7 +10,8 @@ Client to zygote (each with an ``id`` that the answer repeats):
                                     process's channel and its pidfd
 ========== ======================== ==========================================================================
 
-Zygote to client, unasked: ``{"event": "module", "name", "seconds", "error", "done", "total"}`` while it warms,
+Zygote to client, unasked: ``{"event": "module", "name", "seconds", "error", "side_effect", "done", "total"}`` while it
+warms,
 ``{"event": "warm", "seconds", "facts", "failed"}`` or ``{"event": "broken", "error"}`` after, and
 ``{"event": "exit", "pid", "status"}`` when a process ends (``status`` as ``os.waitstatus_to_exitcode`` gives it).
 
@@ -21,8 +22,9 @@ Client to a leased process, over its own channel:
 ========== ================================================ ==================================================
 ``check``  ``argv``                                         ``ok`` with what the engine's parser read, or
                                                             ``error``: one sentence
-``start``  ``argv``, ``env``, ``cwd``, ``title``,           ``ok``, then the channel closes and the process is
-           ``cgroup``, ``oom_score_adj``; descriptor: log   the server
+``start``  ``argv``, ``env``, ``user_env``, ``cwd``,        ``ok``, then the channel closes and the process is
+           ``title``, ``cgroup``, ``oom_score_adj``;        the server; or ``error``: one sentence, then the
+           descriptor: log                                  process ends
 ========== ================================================ ==================================================
 """
 
@@ -67,6 +69,8 @@ def send(sock: socket.socket, message: Message, descriptors: tuple[int, ...] = (
 def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
     """Receive one message and the descriptors sent with it (close-on-exec); None at the end of the stream.
 
+    Descriptors are missing where this process may have no more of them: count them.
+
     Raises:
         ProtocolError: the packet is no JSON object.
         BlockingIOError: the socket does not block and nothing is there.
@@ -83,7 +87,7 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
         return None
     try:
         message = json.loads(data) if not flags & socket.MSG_TRUNC else None
-    except ValueError:
+    except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
         for descriptor in descriptors:
