@@ -65,8 +65,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """Wait for a condition, looking every few milliseconds; return when it was seen.
+def wait_until(condition: Callable[[], bool], seconds: float, what: str, pause: float = POLL_SECONDS) -> float:
+    """Wait for a condition, looking again after each pause; return when it was seen.
 
     Raises:
         BenchError: it does not come true in time.
@@ -75,7 +75,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> floa
     while not condition():
         if time.monotonic() > deadline:
             raise BenchError(f"waited {seconds:.0f} s in vain for {what}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
     return time.monotonic()
 
 

@@ -1,8 +1,8 @@
 """Asks a server a bounded number of times a second how it is, as a process of its own, until its input ends.
 
-``python -m bench.prober URL RATE`` prints the latencies as a JSON list of seconds. Each is counted from when the
-request was due, not from when it was sent, so a server that stalls is not asked less and pays for every request that
-it delayed. A request that fails counts as null.
+``python -m bench.prober URL RATE`` prints ``asking`` when it begins, and at the end the latencies as a JSON list of
+seconds. Each is counted from when the request was due, not from when it was sent, so a server that stalls is not asked
+less and pays for every request that it delayed. A request that fails counts as null.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def probe(url: str, rate: float) -> list[float | None]:
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_SECONDS)
     latencies: list[float | None] = []
+    is_answered(connection, parts.path)  # opens the connection
+    print("asking", flush=True)
     begun = time.monotonic()
     while True:
         due = begun + len(latencies) / rate

@@ -89,9 +89,7 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def side_by_side(
-    work: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result | BullpenError]]:
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | BullpenError]]:
     """Do something with each item at the same time; give each outcome as it comes.
 
     The threads do not keep the command from ending early.

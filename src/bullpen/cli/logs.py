@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from bullpen.cli.common import INTERRUPTED, JsonOption, KeyOption, UrlOption, WrongUsageError, complete_ids, connect, print_json
+from bullpen.cli.common import (
+    INTERRUPTED,
+    JsonOption,
+    KeyOption,
+    UrlOption,
+    WrongUsageError,
+    complete_ids,
+    connect,
+    print_json,
+)
 
 
 def logs(

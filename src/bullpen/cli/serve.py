@@ -65,7 +65,9 @@ def serve(
     ] = None,
     engine_python: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Interpreter the engine runs in. Default: this one.", rich_help_panel=INSTANCES),
+        typer.Option(
+            metavar="PATH", help="Interpreter the engine runs in. Default: this one.", rich_help_panel=INSTANCES
+        ),
     ] = None,
     instance_host: Annotated[
         str | None,

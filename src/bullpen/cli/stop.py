@@ -48,6 +48,8 @@ def stop(
         names = [one.instance_id for one in client.list().instances] if everything else dict.fromkeys(ids or ())
         for name, outcome in side_by_side(client.delete, names):
             if isinstance(outcome, BullpenError):
+                if everything and is_gone(outcome):
+                    continue
                 complain(explain(outcome))
                 code = 1
                 continue
@@ -60,3 +62,10 @@ def stop(
     elif not stopped and code == 0:
         print("Nothing to stop: there are no instances.")
     return code
+
+
+def is_gone(problem: BullpenError) -> bool:
+    """Whether somebody else has removed the instance meanwhile."""
+    from bullpen.client import Refused
+
+    return isinstance(problem, Refused) and problem.status == 404

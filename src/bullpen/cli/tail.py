@@ -14,9 +14,13 @@ STEP = 64 * 1024
 def start_of_last_lines(client: BullpenClient, instance_id: str, lines: int) -> int:
     """The place in an instance's log where its last ``lines`` lines begin; a last one without an end counts too."""
     total = client.log_chunk(instance_id, 0, 0).total
+    if lines == 0:
+        return total
     position, found = total, 0
     while position > 0:
         chunk = client.log_chunk(instance_id, max(0, position - STEP), position)
+        if chunk.start >= position:
+            return position  # all before is gone
         data = chunk.data
         if position == total and data.endswith(b"\n"):
             found = -1  # that break ends the last line and begins none

@@ -57,7 +57,7 @@ class Fleet:
         gpus: UUIDs of the accelerators that may be claimed.
         instance_host: where servers listen whose options name no host.
         start_timeout: seconds that a start may go without any progress.
-        revision: the counter's value so far.
+        revision: the counter's value so far, not below that of any instance to be restored.
     """
 
     def __init__(
@@ -128,9 +128,6 @@ class Fleet:
         """
         self.instances[instance.id] = instance
         self._pending[instance.id] = Pending()
-        # The old daemon may have ended after it saved a change and before it told anyone. Watchers that come back
-        # must not take the next event for the one that they missed.
-        self.revision = max(self.revision, instance.revision)
         if instance.state in ENDED and instance.tree_gone:
             return []
         instance.tree_gone = False

@@ -97,9 +97,8 @@ def check_value(name: str, value: Any) -> str:
     return value
 
 
-def check_size(argv: tuple[str, ...], variables: Mapping[str, str]) -> None:
-    """Refuse what is too long to be handed over."""
-    of_options, of_variables = len(json.dumps(argv)), len(json.dumps(variables))
+def check_size(of_options: int, of_variables: int) -> None:
+    """Refuse what is too long to be handed over; sizes are in bytes of JSON."""
     if of_options + of_variables > MOST_BYTES:
         raise InvalidRequestError(
             f"options ({of_options} bytes) and env_vars ({of_variables}) are too long: {MOST_BYTES} bytes together is"
@@ -130,9 +129,10 @@ def read_config(
     Raises:
         InvalidRequestError: a field can never work.
     """
+    check_size(len(options), 0)  # to split takes longest of all
     argv = split_options(options)
     variables = None if env_vars is None else check_variables(env_vars, allowed)
-    check_size(argv, variables or {})
+    check_size(len(json.dumps(argv)), len(json.dumps(variables or {})))
     uuids = None if gpu_uuids is None else tuple(gpu_uuids)
     if uuids is not None and len(set(uuids)) != len(uuids):
         raise InvalidRequestError("a GPU is named twice", field="gpu_uuids")

@@ -106,4 +106,4 @@ def checked(answer: Answer, model: str, tokens: int) -> Answer:
 
 def printable(text: str) -> str:
     """Text without what would upset a terminal: a model with random weights says anything, half characters too."""
-    return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
+    return "".join(c if c.isascii() and c.isprintable() else "·" for c in text)

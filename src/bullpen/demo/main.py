@@ -188,7 +188,7 @@ def look(report: Report, daemon: Daemon, findings: Findings) -> None:
     findings.tree = daemon.tree()
     pids = {process.pid for process in findings.tree}
     for one in findings.started:
-        expect(one.instance.pid in pids, f"{one.name}'s process {one.instance['pid']} is not below the daemon")
+        expect(one.instance.pid in pids, f"{one.name}'s process {one.instance.pid} is not below the daemon")
     expect(findings.further > 0, "a further instance took no memory, so something was not measured")
     report.processes(findings.tree)
     name = findings.started[-1].name

@@ -130,10 +130,10 @@ class Report:
         for name in ("vllm serve, cold", "Bullpen, warm", "ratio"):
             table.add_column(name, justify="right", no_wrap=True)
         for one in started:
-            ratio = f"{cold.first_token / one.first_token:.0f}×"
+            ratio = f"{cold.first_token / one.first_token:.0f} to 1"
             row = (f"{one.name} to its first token", duration(cold.first_token), duration(one.first_token), ratio)
             table.add_row(*row)
-        ratio = f"{cold.memory / further:.1f}×"
+        ratio = f"{cold.memory / further:.1f} to 1"
         table.add_row("memory of a further server", f"{megabytes(cold.memory)} MB", f"{megabytes(further)} MB", ratio)
         self._print(table)
 

@@ -48,8 +48,8 @@ class Handle:
 
     leased: Leased | None = None
     pidfd: int = -1
-    tree: Tree | None = None
-    """Set once the process has been told to become the server."""
+    followed: bool = False
+    """Whether the end of the process is going to be reported."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     kill: asyncio.Task[None] | None = None
@@ -117,6 +117,11 @@ class Executor:
     def _instance(self, instance_id: str) -> Instance | None:
         return self._fleet.instances.get(instance_id)
 
+    def _report(self, instance: Instance, event: ev.Event) -> None:
+        """Submit what an effect has come to, unless the instance is gone: another one may have its id by now."""
+        if self._instance(instance.id) is instance:
+            self._submit(event)
+
     # -- create ------------------------------------------------------------------------------------------------
 
     async def _check(self, instance_id: str) -> None:
@@ -124,13 +129,14 @@ class Executor:
         try:
             leased, answer = await self._lease_and_check(instance)
         except BullpenError as problem:
-            self._submit(ev.Refused(instance_id, problem))
+            self._report(instance, ev.Refused(instance_id, problem))
             return
         process = read_process(leased.pid)
         if self._instance(instance_id) is not instance or process is None:
             leased.channel.close()
             os.close(leased.pidfd)
-            self._submit(ev.Refused(instance_id, LaunchError("the process that was to become the server has ended")))
+            ended = LaunchError("the process that was to become the server has ended")
+            self._report(instance, ev.Refused(instance_id, ended))
             return
         self._handles[instance_id] = Handle(leased, leased.pidfd)
         if leased.reason:
@@ -184,10 +190,9 @@ class Executor:
         try:
             await self._become_server(instance, handle)
         except BullpenError as problem:
-            self._submit(ev.Refused(instance_id, problem))
-            return
-        if self._instance(instance_id) is instance:
-            self._submit(ev.Started(instance_id))
+            self._report(instance, ev.Refused(instance_id, problem))
+        else:
+            self._report(instance, ev.Started(instance_id))
             self.follow_exit(instance_id, handle)
 
     async def _become_server(self, instance: Instance, handle: Handle) -> None:
@@ -200,7 +205,6 @@ class Executor:
         try:
             make_folder(place)
             cgroup = self._resources.cgroups.create(instance.key)
-            handle.tree = self._tree(instance)
             await handle.leased.channel.ask(
                 {
                     "op": "start",
@@ -233,12 +237,7 @@ class Executor:
                 signal.pidfd_send_signal(handle.pidfd, signal.SIGKILL)
             with suppress(OSError):
                 os.close(handle.pidfd)
-            if handle.tree is not None:
-                self._spawn(self._kill_leftovers(handle.tree))
         self._resources.remove_files(effect.id, effect.key)
-
-    async def _kill_leftovers(self, tree: Tree) -> None:
-        await self._resources.trees.kill(tree)
 
     def _tree(self, instance: Instance) -> Tree:
         assert instance.pid is not None and instance.start_ticks is not None
@@ -248,11 +247,14 @@ class Executor:
 
     def adopt(self, instance: Instance, pidfd: int) -> None:
         """Take over a server process that an earlier daemon started."""
-        handle = self._handles[instance.id] = Handle(pidfd=pidfd, tree=self._tree(instance))
+        handle = self._handles[instance.id] = Handle(pidfd=pidfd)
         self.follow_exit(instance.id, handle)
 
     def follow_exit(self, instance_id: str, handle: Handle) -> None:
-        """Report the end of the server process, which makes its pidfd readable."""
+        """Report the end of the server process, which makes its pidfd readable. Once is enough."""
+        if handle.followed:
+            return
+        handle.followed = True
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
@@ -263,7 +265,6 @@ class Executor:
 
     async def _report_exit(self, instance_id: str, handle: Handle) -> None:
         code = await exit_status(handle)
-        os.close(handle.pidfd)
         instance = self._instance(instance_id)
         if instance is not None:
             self._resources.ports.release(instance.key)
@@ -273,6 +274,8 @@ class Executor:
             port = instance.address.port if instance.address else None
             failure = engine.failure(code, tail, model, port)
             self._submit(ev.Exited(instance_id, code, failure))
+        # Not before: until the fleet knows of the end, it may ask for a signal to this descriptor.
+        os.close(handle.pidfd)
         handle.ended.set()
 
     async def _watch(self, instance_id: str) -> None:
@@ -294,7 +297,7 @@ class Executor:
                 probed = loop.time()
                 if await probe.answers(instance.address, engine.health_path):
                     self._resources.ports.release(instance.key)
-                    self._submit(ev.Answered(instance_id))
+                    self._report(instance, ev.Answered(instance_id))
                     return
             await asyncio.sleep(min(max(FIRST_TICK, (loop.time() - begun) / 20), LONGEST_TICK))
 
@@ -306,6 +309,8 @@ class Executor:
 
     def _kill_tree(self, effect: fx.KillTree) -> None:
         handle = self._handles.setdefault(effect.id, Handle())
+        if handle.pidfd >= 0:
+            self.follow_exit(effect.id, handle)
         if handle.kill is None or handle.kill.done():
             handle.kill = self._spawn(self._kill(self._fleet.instances[effect.id], handle))
 

@@ -104,7 +104,6 @@ def _bind(options: SimOptions) -> socket.socket:
     # asyncio turns Nagle's algorithm off only where the protocol is named.
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     bound.bind((host, DEFAULT_PORT if options.port is None else options.port))
     return bound
 

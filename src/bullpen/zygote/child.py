@@ -9,34 +9,32 @@ import random
 import signal
 import socket
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bullpen.zygote import protocol
 from bullpen.zygote.worlds import OptionsError, World
 
-RESET_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGCHLD,
-    signal.SIGPIPE,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)
+PYTHON_SIGNALS: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGPIPE: signal.SIG_IGN,
+    signal.SIGXFSZ: signal.SIG_IGN,
+}
+"""What a fresh interpreter does with signals; with all others, the default."""
+UNCHANGEABLE = frozenset({signal.SIGKILL, signal.SIGSTOP})
 PR_SET_NAME = 15
+LIBC = ctypes.CDLL(None)
 
 
 def detach(keep: socket.socket) -> None:
     """Leave the zygote's world right after the fork: own session, default signals, no descriptor of the parent's."""
     os.setsid()
     signal.set_wakeup_fd(-1)
-    for number in RESET_SIGNALS:
-        # Python's own default for SIGINT and SIGPIPE, as a fresh interpreter has them.
-        default = {signal.SIGINT: signal.default_int_handler, signal.SIGPIPE: signal.SIG_IGN}
-        signal.signal(number, default.get(number, signal.SIG_DFL))
+    for number in signal.valid_signals() - UNCHANGEABLE:
+        signal.signal(number, PYTHON_SIGNALS.get(number, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     kept = {0, 1, 2, keep.fileno()}
     for name in os.listdir("/proc/self/fd"):
@@ -52,8 +50,8 @@ def live(world: World, channel: socket.socket) -> NoReturn:
         start = wait_for_start(world, channel)
         if start is None:
             os._exit(0)
-        become(start, channel)
-        code = serve(world, start)
+        if become(start, channel):
+            code = serve(world, start)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -85,27 +83,39 @@ def check(world: World, message: protocol.Message) -> protocol.Message:
         return {"ok": True, **world.check(message["argv"])}
     except OptionsError as problem:
         return {"ok": False, "error": str(problem)}
-    except Exception as problem:  # a parser may raise anything; the client must get an answer
+    except (Exception, SystemExit) as problem:  # a parser may raise anything; the client must get an answer
         return {"ok": False, "error": f"{type(problem).__name__}: {problem}"}
 
 
-def become(start: tuple[protocol.Message, int], channel: socket.socket) -> None:
-    """Take on the server's identity: cgroup, log, environment, folder, title, seeds; then say so and hang up."""
-    message, log = start
+def become(start: tuple[protocol.Message, int], channel: socket.socket) -> bool:
+    """Take on the server's identity, say so and hang up; False, with the reason to the client, where that failed."""
+    try:
+        take_identity(*start)
+    except Exception as problem:
+        traceback.print_exc()
+        answer = {"ok": False, "error": f"{type(problem).__name__}: {problem}"}
+    else:
+        answer = {"ok": True}
+    with suppress(OSError):
+        protocol.send(channel, answer)
+    channel.close()
+    return bool(answer["ok"])
+
+
+def take_identity(message: protocol.Message, log: int) -> None:
+    """Take on the server's cgroup, log, environment, folder, title and random numbers."""
     if message.get("cgroup"):
         with suppress(OSError):
             Path(message["cgroup"], "cgroup.procs").write_text("0")
     redirect_output(log)
     os.environ.update(message["env"])
+    time.tzset()
     os.chdir(message.get("cwd") or "/")
     if (adjustment := message.get("oom_score_adj")) is not None:
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(adjustment))
     set_title(message["title"])
     reseed()
-    with suppress(OSError):
-        protocol.send(channel, {"ok": True})
-    channel.close()
 
 
 def redirect_output(log: int) -> None:
@@ -126,7 +136,7 @@ def set_title(title: str) -> None:
     try:
         import setproctitle
     except ImportError:
-        ctypes.CDLL(None).prctl(PR_SET_NAME, title.encode()[:15], 0, 0, 0)
+        LIBC.prctl(PR_SET_NAME, title.encode(errors="replace")[:15], 0, 0, 0)
     else:
         setproctitle.setproctitle(title)
 
@@ -159,7 +169,13 @@ def end(code: int) -> NoReturn:
     """End as an interpreter would, without unwinding the zygote's frames below this one."""
     with suppress(BaseException):
         atexit._run_exitfuncs()
-    with suppress(BaseException):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush_output()
     os._exit(code)
+
+
+def flush_output() -> None:
+    """Write out what Python and C still hold back: a fork would print it twice, ``os._exit`` would lose it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    LIBC.fflush(None)

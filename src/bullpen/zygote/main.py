@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bullpen.zygote import boot, child, worlds
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listener = open_listener(options)
     if listener is None:
         return 2
+    address = listener.getsockname()
     zygote = Zygote(
         options.engine,
         world,
@@ -33,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spawn_command=[sys.executable, str(boot.__file__), "--engine", options.engine],
     )
     code = zygote.run()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    remove_address(address, options)
+    child.flush_output()
     # Not sys.exit: an engine's native libraries complain about what they leave behind.
     os._exit(code)
 
@@ -51,6 +53,16 @@ def open_listener(options: argparse.Namespace) -> socket.socket | None:
         return None
     print(f"bullpen zygote: engine {options.engine}, listening on {path}", flush=True)
     return listener
+
+
+def remove_address(address: str, options: argparse.Namespace) -> None:
+    """Remove the socket, and its folder where that was made for it. An inherited one is its giver's business."""
+    if options.listener is None:
+        with suppress(OSError):
+            Path(address).unlink()
+        if options.socket is None:
+            with suppress(OSError):
+                Path(address).parent.rmdir()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,6 +84,8 @@ def run_spawned(world: worlds.World, descriptor: int) -> int:
     """Be a leased process in a fresh interpreter: import first, then wait for the configuration."""
     channel = socket.socket(fileno=descriptor)
     child.detach(channel)
+    for name, value in world.early_environment.items():
+        os.environ.setdefault(name, value)
 
     def ignore(module: ModuleReport, done: int, total: int) -> None:
         """Nobody watches this import."""

@@ -68,7 +68,7 @@ def import_module(name: str) -> ModuleReport:
     return ModuleReport(name, time.monotonic() - started, error)
 
 
-def read_module_list(lines: Iterable[str]) -> list[str]:
-    """Read a module list: one name a line, ``#`` begins a comment."""
+def read_names(lines: Iterable[str]) -> list[str]:
+    """Read a list of names: one a line, ``#`` begins a comment."""
     names = (line.partition("#")[0].strip() for line in lines)
     return [name for name in names if name]

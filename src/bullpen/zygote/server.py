@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import selectors
 import signal
 import socket
+import stat
 import sys
 import time
+import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bullpen.zygote import child, guards, protocol
+from bullpen.zygote.connection import Connection, close_all
 from bullpen.zygote.preload import ModuleReport, PreloadReport
 from bullpen.zygote.worlds import World
 
+BACKLOG = 16
+"""Clients that may wait to be accepted while one module is being imported."""
 REFILL_SECONDS = 0.5
 """How long after a lease the next spare is forked, so that the fork does not slow the server that just started."""
 
@@ -30,6 +37,10 @@ class Lease:
     channel: socket.socket
     how: str
     reason: str | None = None
+
+
+class Abandoned(BaseException):
+    """Nobody waits any more for what is being imported."""
 
 
 class Zygote:
@@ -63,8 +74,9 @@ class Zygote:
         self._exit_with_client = exit_with_client
         self._spawn_command = spawn_command
         self._spares: deque[Lease] = deque()
-        self._clients: dict[socket.socket, set[int]] = {}
+        self._clients: set[Connection] = set()
         self._had_client = False
+        self._is_warm = False
         self._refill_at: float | None = None
         self._ending = False
         self._selector = selectors.DefaultSelector()
@@ -83,9 +95,12 @@ class Zygote:
         child.set_title(f"bullpen: zygote {self.name}")
         try:
             self._warm()
-        except Exception as problem:
-            print(f"bullpen zygote: {problem}", file=sys.stderr, flush=True)
-            self._tell_all({"event": "broken", "error": str(problem)})
+        except Abandoned:
+            return 0
+        except (Exception, SystemExit) as problem:
+            traceback.print_exc()
+            self._accept()
+            self._tell_all({"event": "broken", "error": str(problem) or type(problem).__name__})
             return 3
         self._serve()
         return 0
@@ -100,20 +115,25 @@ class Zygote:
         for name, value in self.world.early_environment.items():
             os.environ.setdefault(name, value)
         self.facts = self.world.preload(self.report, self._module_done)
+        # What is here now stays shared with every fork: no collection may touch it again.
+        gc.collect()
+        gc.freeze()
         self.report.seconds = time.monotonic() - started
+        self._is_warm = True
         self._tell_all(self._warm_message())
 
     def _module_done(self, module: ModuleReport, done: int, total: int) -> None:
         """Tell the clients of a module; accept new ones meanwhile, since nothing else runs while modules import."""
         self._accept()
         if self._ending or self._is_orphaned():
-            raise SystemExit(0)
+            raise Abandoned
         self._tell_all(
             {
                 "event": "module",
                 "name": module.name,
                 "seconds": round(module.seconds, 4),
                 "error": module.error,
+                "side_effect": module.side_effect,
                 "done": done,
                 "total": total,
             }
@@ -133,9 +153,8 @@ class Zygote:
     def _is_orphaned(self) -> bool:
         """Whether the client that this zygote lives for has hung up while it warmed."""
         for client in list(self._clients):
-            with suppress(BlockingIOError, OSError):
-                if client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"":
-                    self._forget_client(client)
+            if client.has_hung_up:
+                self._forget_client(client)
         return self._exit_with_client and self._had_client and not self._clients
 
     # -- serving ---------------------------------------------------------------------------------------------------
@@ -143,47 +162,53 @@ class Zygote:
     def _serve(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
-        for client in self._clients:
-            self._selector.register(client, selectors.EVENT_READ)
         self._refill_at = time.monotonic()
         while not self._ending and not (self._exit_with_client and self._had_client and not self._clients):
             self._refill()
             timeout = None if self._refill_at is None else max(0.0, self._refill_at - time.monotonic())
-            for key, _ in self._selector.select(timeout):
+            for key, events in self._selector.select(timeout):
                 if key.fileobj is self._listener:
                     self._accept()
                 elif key.fileobj is self._wakeup:
                     with suppress(BlockingIOError):
                         self._wakeup.recv(4096)
                 else:
-                    self._hear(key.fileobj)  # type: ignore[arg-type]
+                    self._attend(key.fileobj, events)  # type: ignore[arg-type]
             self._reap()
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # BlockingIOError: no more of them
             while True:
-                client, _ = self._listener.accept()
-                if protocol.peer_uid(client) not in (os.getuid(), 0):
-                    client.close()
+                sock, _ = self._listener.accept()
+                if protocol.peer_uid(sock) not in (os.getuid(), 0):
+                    sock.close()
                     continue
-                self._clients[client] = set()
+                client = Connection(sock)
+                self._clients.add(client)
                 self._had_client = True
-                if self.facts:
+                self._selector.register(client, selectors.EVENT_READ)
+                if self._is_warm:
                     self._tell(client, self._warm_message())
-                    self._selector.register(client, selectors.EVENT_READ)
 
-    def _hear(self, client: socket.socket) -> None:
+    def _attend(self, client: Connection, events: int) -> None:
+        """Send what a client could not take before, and hear what it says."""
+        if client not in self._clients:
+            return  # it went while others were attended to
+        if events & selectors.EVENT_WRITE:
+            self._flush(client)
+        if events & selectors.EVENT_READ and client in self._clients:
+            self._hear(client)
+
+    def _hear(self, client: Connection) -> None:
         try:
-            received = protocol.receive(client)
-        except (protocol.ProtocolError, OSError):
-            received = None
+            received = client.receive()
+        except BlockingIOError:
+            return
         if received is None:
-            self._selector.unregister(client)
             self._forget_client(client)
             return
         message, descriptors = received
-        for descriptor in descriptors:
-            os.close(descriptor)
+        close_all(descriptors)
         if message.get("op") == "lease":
             self._lease(client, message.get("id"))
         elif message.get("op") == "status":
@@ -191,30 +216,49 @@ class Zygote:
         else:
             self._tell(client, {"id": message.get("id"), "error": f"unknown request {message.get('op')!r}"})
 
-    def _forget_client(self, client: socket.socket) -> None:
-        self._clients.pop(client, None)
-        client.close()
+    def _forget_client(self, client: Connection) -> None:
+        if client in self._clients:
+            self._clients.discard(client)
+            self._selector.unregister(client)
+            client.close()
 
-    def _tell(self, client: socket.socket, message: protocol.Message, descriptors: tuple[int, ...] = ()) -> None:
-        # A client that does not read, or has gone, must not hold up the others: it is found gone at the next read.
-        with suppress(OSError):
-            protocol.send(client, message, descriptors)
+    def _tell(self, client: Connection, message: protocol.Message, descriptors: tuple[int, ...] = ()) -> None:
+        try:
+            client.tell(message, descriptors)
+        except OSError:
+            self._forget_client(client)
+        else:
+            self._watch_writing(client)
+
+    def _flush(self, client: Connection) -> None:
+        try:
+            client.flush()
+        except OSError:
+            self._forget_client(client)
+        else:
+            self._watch_writing(client)
+
+    def _watch_writing(self, client: Connection) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.is_behind else 0)
+        if self._selector.get_key(client).events != events:
+            self._selector.modify(client, events)
 
     def _tell_all(self, message: protocol.Message) -> None:
-        for client in self._clients:
+        for client in list(self._clients):
             self._tell(client, message)
 
     # -- processes -------------------------------------------------------------------------------------------------
 
-    def _lease(self, client: socket.socket, request: Any) -> None:
+    def _lease(self, client: Connection, request: Any) -> None:
+        self._reap()  # so that no spare is given away that has ended
         try:
             lease = self._spares.popleft() if self._spares else self._new_process("fork")
+            pidfd = os.pidfd_open(lease.pid)
         except OSError as problem:
             self._tell(client, {"id": request, "error": f"the fork failed: {problem.strerror}"})
             return
+        client.leased.add(lease.pid)
         answer = {"id": request, "pid": lease.pid, "how": lease.how, "reason": lease.reason}
-        pidfd = os.pidfd_open(lease.pid)
-        self._clients[client].add(lease.pid)
         self._tell(client, answer, (lease.channel.fileno(), pidfd))
         os.close(pidfd)
         lease.channel.close()
@@ -244,11 +288,15 @@ class Zygote:
         reason = guards.reason_not_to_fork()
         if reason is not None:
             return Lease(self._spawn(theirs), ours, "spawn", reason)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            self._live(theirs)
+        child.flush_output()
+        # A signal that reached the child before it has handlers of its own would wake this process instead.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._live(theirs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         return Lease(pid, ours, how)
 
@@ -284,9 +332,9 @@ class Zygote:
                 self._spares.remove(spare)
                 spare.channel.close()
                 self._refill_at = time.monotonic() + REFILL_SECONDS
-        for client, leased in self._clients.items():
-            if pid in leased:
-                leased.discard(pid)
+        for client in list(self._clients):
+            if pid in client.leased:
+                client.leased.discard(pid)
                 self._tell(client, {"event": "exit", "pid": pid, "status": status})
 
 
@@ -305,8 +353,25 @@ def listen(path: Path) -> socket.socket:
             f"{folder} must belong to you and have mode 0700, for whoever enters it may start programs"
         )
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with suppress(FileNotFoundError):
+    if is_abandoned(path):
         path.unlink()
-    listener.bind(str(path))
-    listener.listen(8)
+    try:
+        listener.bind(str(path))
+    except OSError as problem:
+        listener.close()
+        # Python's own error for a path that is too long has no number.
+        raise OSError(problem.errno or errno.ENAMETOOLONG, problem.strerror or str(problem)) from problem
+    listener.listen(BACKLOG)
     return listener
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a path is that of a socket on which nobody listens any more."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return False
+    except OSError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from bullpen.zygote.preload import PreloadReport, Progress, import_modules
+from bullpen.zygote.preload import PreloadReport, Progress, import_modules, read_names
 from bullpen.zygote.worlds import OptionsError
 
 MODULES = ("asyncio", "bullpen.sim.options", "bullpen.sim.server")
+
+
+FLAGS = "vllm_flags.txt"
 
 
 class SimWorld:
@@ -16,11 +21,19 @@ class SimWorld:
 
     early_environment: Mapping[str, str] = {}
 
+    def __init__(self) -> None:
+        self._known_flags: frozenset[str] | None = None
+
     def preload(self, report: PreloadReport, progress: Progress) -> dict[str, Any]:
         """Import the simulator's server."""
         import_modules(MODULES, report, progress)
         from bullpen import __version__
+        from bullpen.sim import options
 
+        # Where vLLM is installed its flags are accepted and no others; elsewhere nobody knows better than the user.
+        if importlib.util.find_spec("vllm") is not None:
+            flags = Path(options.__file__).with_name(FLAGS).read_text().splitlines()
+            self._known_flags = frozenset(read_names(flags))
         return {"version": __version__}
 
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -28,7 +41,7 @@ class SimWorld:
         from bullpen.sim import options
 
         try:
-            parsed = options.parse(argv)
+            parsed = options.parse(argv, self._known_flags)
         except options.OptionsError as problem:
             raise OptionsError(str(problem)) from problem
         return {

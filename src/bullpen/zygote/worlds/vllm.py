@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bullpen.zygote.preload import PreloadReport, Progress, import_module, import_modules, read_module_list
+from bullpen.zygote.preload import PreloadReport, Progress, import_module, import_modules, read_names
 from bullpen.zygote.worlds import OptionsError, vllm_fork
 
 ENTRY_MODULES = ("torch", "vllm", "vllm.entrypoints.cli.serve")
@@ -132,7 +132,7 @@ def module_list(version: tuple[int, ...]) -> list[str]:
     """The modules to import ahead for a version of vLLM."""
     lists = {tuple(map(int, file.stem.split("."))): file for file in MODULE_LISTS.glob("*.txt")}
     older = [known for known in lists if known <= version[:2]]
-    return read_module_list(lists[max(older) if older else min(lists)].read_text().splitlines())
+    return read_names(lists[max(older) if older else min(lists)].read_text().splitlines())
 
 
 def build_parser() -> argparse.ArgumentParser:

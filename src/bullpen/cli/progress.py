@@ -1,0 +1,165 @@
+"""The display of a start: live on a terminal, a line for each step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from bullpen.cli import words
+from bullpen.client import Instance, Readiness, ZygoteState
+
+BAR_WIDTH = 36
+FRAMES_PER_SECOND = 12.5
+
+
+class StartDisplay:
+    """Shows how an instance comes up, and then how it is.
+
+    Args:
+        console: where; animated if it is a terminal.
+        name: the instance's id.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._console = console
+        self._name = name
+        self._spinner = Spinner("dots", style="cyan")
+        self._asked_at = time.monotonic()
+        self._zygote: ZygoteState | None = None
+        self._instance: Instance | None = None
+        self._origin = self._asked_at
+        self._told: set[str] = set()
+        animated = console.is_terminal and not console.is_dumb_terminal
+        self._live = (
+            Live(
+                get_renderable=self._render,
+                console=console,
+                refresh_per_second=FRAMES_PER_SECOND,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            if animated
+            else None
+        )
+
+    def rename(self, name: str) -> None:
+        """Show another id."""
+        self._name = name
+
+    def warming(self, readiness: Readiness) -> None:
+        """The create waits: show how far its engine is."""
+        zygotes = readiness.zygotes
+        self._zygote = next((one for one in zygotes if one.engine == readiness.engine), next(iter(zygotes), None))
+        if self._zygote is not None and self._zygote.state == "warming":
+            self._tell(f"{self._name} waits: engine {self._zygote.engine} is being imported")
+
+    def update(self, instance: Instance) -> None:
+        """Show an instance as it is now."""
+        if self._instance is None or instance.phases != self._instance.phases:
+            # The daemon's clock counts from the start; the newest phase began just now on ours.
+            self._origin = time.monotonic() - max(instance.phases.values(), default=0.0)
+        self._instance = instance
+        if instance.state == "starting" and instance.phase:
+            self._tell(f"{self._name}: {words.phase(instance.phase)}")
+        elif instance.state != "starting":
+            self._tell(f"{self._name} is {instance.state}")
+
+    def ready(self, instance: Instance) -> None:
+        """Leave the summary of a start that has come to its end."""
+        self.update(instance)
+        if self._live is None:
+            return
+        total = instance.seconds_to_ready or 0.0
+        heading = Text.assemble(("✓ ", "green"), (self._name, "bold"), f" is ready in {words.duration(total)}")
+        made = words.how_made(instance.start)
+        self._console.print(heading.append(f", {made}" if made else ""))
+        self._console.print(phase_table(instance, total))
+
+    def print(self, *parts: RenderableType) -> None:
+        """Print above what is live."""
+        for part in parts:
+            self._console.print(part, markup=False, highlight=False, soft_wrap=True)
+
+    def _tell(self, line: str) -> None:
+        if self._live is None and line not in self._told:
+            self._told.add(line)
+            self.print(line)
+
+    def _render(self) -> RenderableType:
+        now = time.monotonic()
+        instance = self._instance
+        if instance is None:
+            return self._render_waiting(now - self._asked_at)
+        if instance.state != "starting":
+            return self._heading(f"is {instance.state}", since(instance))
+        elapsed = now - self._origin
+        return Group(
+            self._heading("is starting", elapsed),
+            bar(instance.progress or 0.0, f"{100 * (instance.progress or 0.0):.0f} %"),
+            phase_table(instance, elapsed, running=True),
+        )
+
+    def _render_waiting(self, elapsed: float) -> RenderableType:
+        zygote = self._zygote
+        if zygote is None or zygote.state != "warming":
+            return self._heading("is being started", elapsed)
+        heading = self._heading(f"waits for engine {zygote.engine}, which is being imported", elapsed)
+        if not zygote.total:
+            return heading
+        module = words.shorten(zygote.module or "", max(0, self._console.width - BAR_WIDTH - 16))
+        return Group(heading, bar(zygote.done / zygote.total, f"{zygote.done}/{zygote.total}  {module}"))
+
+    def _heading(self, what: str, seconds: float) -> RenderableType:
+        line = Text.assemble((self._name, "bold"), f" {what}  ", (words.duration(seconds), "cyan"))
+        if self._instance is not None and self._instance.state == "ready":
+            line = Text.assemble(("● ", "green"), line, ("  Ctrl-C ends this", "dim"))
+            return line
+        self._spinner.update(text=line)
+        return self._spinner
+
+    def __enter__(self) -> StartDisplay:
+        """Begin to show."""
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def since(instance: Instance) -> float:
+    """Seconds since an instance became ready, or since it was asked for."""
+    from datetime import UTC, datetime
+
+    begin = datetime.fromisoformat(instance.ready_at) if instance.ready_at else instance.created
+    return max(0.0, (datetime.now(UTC) - begin).total_seconds()) if begin else 0.0
+
+
+def bar(fraction: float, text: str) -> Table:
+    """A progress bar with a text behind it."""
+    line = Table.grid(padding=(0, 1))
+    line.add_row(" ", ProgressBar(total=1.0, completed=fraction, width=BAR_WIDTH), Text(text, "dim", no_wrap=True))
+    return line
+
+
+def phase_table(instance: Instance, until: float, *, running: bool = False) -> Table:
+    """The phases of a start with their times; while it is ``running`` the last one has no end yet."""
+    table = Table.grid(padding=(0, 1))
+    durations = words.phase_durations(instance.phases, until)
+    for number, (name, seconds) in enumerate(durations, 1):
+        current = running and number == len(durations)
+        mark = Text("▸", "cyan") if current else Text("✓", "green")
+        table.add_row(" ", mark, name, Text(words.duration(seconds), "cyan" if current else "dim", justify="right"))
+    return table

@@ -1,0 +1,215 @@
+"""The course of ``bullpen run``: create, show the start, stay, and what Ctrl-C does in between."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from bullpen.cli import words
+from bullpen.cli.common import INTERRUPTED, complain, print_json
+from bullpen.cli.progress import StartDisplay
+from bullpen.cli.tail import last_lines
+from bullpen.client import BullpenClient, ClientError, ConnectionFailed, Instance, Refused
+from bullpen.errors import BullpenError
+
+LOOK_SECONDS = 0.25
+"""How often the engine's warmth is asked for while a create waits for it."""
+LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be run."""
+
+    model: str
+    options: str
+    instance_id: str | None = None
+    env_vars: Mapping[str, str] | None = None
+    gpu_uuids: Sequence[str] | None = None
+    engine: str | None = None
+
+
+class Running:
+    """One ``bullpen run``.
+
+    Args:
+        client: of the daemon.
+        request: what is to be run.
+        console: for what people read.
+        detach: return as soon as it is ready.
+        json_output: print the last that is known of the instance, as JSON, at the end.
+    """
+
+    def __init__(
+        self, client: BullpenClient, request: Request, console: Console, *, detach: bool, json_output: bool
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._console = console
+        self._detach = detach
+        self._json = json_output
+        self._creating: Future[Instance] = Future()
+        self._name = request.instance_id
+        self._last: Mapping[str, Any] = {}
+
+    def go(self) -> int:
+        """Do it all; return the exit code."""
+        try:
+            code = self._run()
+        except KeyboardInterrupt:
+            code = self._interrupted()
+        if self._json and self._last:
+            print_json(self._last)
+        return code
+
+    def _run(self) -> int:
+        display = StartDisplay(self._console, self._request.instance_id or self._request.model)
+        threading.Thread(target=self._create, daemon=True).start()
+        with display:
+            instance = self._wait_until_created(display)
+            display.rename(instance.instance_id)
+            ended = self._stay(instance, display)
+        return 0 if ended is None else self._say_end(ended)
+
+    # -- create ------------------------------------------------------------------------------------------------
+
+    def _create(self) -> None:
+        try:
+            self._creating.set_result(self._try_names())
+        except BaseException as problem:
+            self._creating.set_exception(problem)
+
+    def _try_names(self) -> Instance:
+        if self._request.instance_id is not None:
+            return self._create_as(self._request.instance_id)
+        taken = {instance.instance_id for instance in self._client.list().instances}
+        name = words.name_for(self._request.model, taken)
+        try:
+            return self._create_as(name)
+        except Refused as problem:
+            if problem.status != 409:
+                raise
+            # Perhaps somebody was quicker with this name; if it is about something else, it will be said again.
+            return self._create_as(f"{name}-{secrets.token_hex(2)}")
+
+    def _create_as(self, name: str) -> Instance:
+        request, self._name = self._request, name
+        return self._client.create(
+            request.options,
+            instance_id=name,
+            env_vars=request.env_vars,
+            gpu_uuids=request.gpu_uuids,
+            engine=request.engine,
+        )
+
+    def _wait_until_created(self, display: StartDisplay) -> Instance:
+        while True:
+            try:
+                return self._creating.result(LOOK_SECONDS)
+            except NotYet:
+                if self._creating.done():
+                    raise
+            with suppress(ClientError):  # the create will tell
+                display.warming(self._client.ready())
+
+    # -- start and stay ----------------------------------------------------------------------------------------
+
+    def _stay(self, instance: Instance, display: StartDisplay) -> Instance | None:
+        """Show the instance until it ends, and return it; None where it is left alone."""
+        was_ready = False
+        name = instance.instance_id
+        display.update(instance)
+        self._last = instance.document
+        for event in self._client.follow(name):
+            if event.instance is None:
+                continue
+            instance, self._last = event.instance, event.instance.document
+            if event.type == "DELETED":
+                return instance
+            if instance.ended:
+                return instance
+            if instance.state == "ready" and not was_ready:
+                was_ready = True
+                display.ready(instance)
+                self._say_where(instance, display)
+                if self._detach:
+                    return None
+            display.update(instance)
+        raise ConnectionFailed(f"the daemon at {self._client.url} is ending")
+
+    def _say_where(self, instance: Instance, display: StartDisplay) -> None:
+        ways = (
+            f"`bullpen logs -f {instance.instance_id}` shows its log, `bullpen stop {instance.instance_id}` stops it."
+        )
+        display.print(f"\nIt answers at {instance.url}\n", words.curl(instance), f"\n{ways}\n")
+
+    def _say_end(self, instance: Instance) -> int:
+        name = instance.instance_id
+        if instance.state == "failed" or instance.error is not None:
+            self._say_failure(instance)
+            return 1
+        if instance.exit_code == 0:
+            self._say(f"{name} has ended by itself.")
+        elif instance.ended_at is not None and instance.exit_code is None:
+            self._say(f"{name} has ended.")
+        else:
+            self._say(f"{name} was stopped.")
+        return 0
+
+    def _say_failure(self, instance: Instance) -> None:
+        name = instance.instance_id
+        sentence = instance.error.message if instance.error is not None else "nobody saw why"
+        complain(f"{name} {'failed' if instance.ready_at else 'did not start'}: {sentence}")
+        with suppress(BullpenError):
+            lines = last_lines(self._client, name, LAST_LINES)
+            if lines:
+                print(*(f"  | {line}" for line in lines), sep="\n", file=sys.stderr)
+            advice = f"`bullpen logs {name}` has all of its log, `bullpen stop {name}` removes it."
+            print(advice, file=sys.stderr)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    # -- Ctrl-C ------------------------------------------------------------------------------------------------
+
+    def _interrupted(self) -> int:
+        """Offer to stop the instance. From here on, Ctrl-C ends the command at once."""
+        signal.signal(signal.SIGINT, end_at_once)
+        goes_on = f"It goes on; `bullpen stop {self._name or 'ID'}` stops it."
+        if not sys.stdin.isatty():
+            self._say(goes_on)
+            return INTERRUPTED
+        self._console.print("Stop it? [Y/n] ", end="", markup=False)
+        answer = sys.stdin.readline()
+        if not answer or answer.strip().lower() not in ("", "y", "yes"):
+            self._say(goes_on)
+            return INTERRUPTED
+        try:
+            if not self._creating.done():
+                self._say("It will be stopped as soon as its process is there …")
+            stopped = self._client.delete(self._creating.result().instance_id)
+        except BullpenError as problem:
+            self._say(f"There is nothing to stop: {problem}")
+        else:
+            self._last = stopped.document
+            self._say(f"{stopped.instance_id} stopped.")
+        return INTERRUPTED
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """End without waiting for anything."""
+    sys.stdout.flush()
+    os.write(2, b"\n")
+    os._exit(INTERRUPTED)
