@@ -126,7 +126,10 @@ def shorten(names: set[str]) -> list[str]:
         "    print(name)\n"
     )
     prelude = "import torch, vllm.entrypoints.cli.serve\n"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])),
+    }
     result = subprocess.run(
         [sys.executable, "-c", prelude + code],
         input=json.dumps(ordered),
@@ -140,14 +143,21 @@ def shorten(names: set[str]) -> list[str]:
 
 def main() -> None:
     """Learn and print."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is not part of the list
     vllm_world.world.preload(PreloadReport(), lambda *_: None, modules=())
     with tempfile.TemporaryDirectory() as folder:
         names = learn(sys.argv[1:], Path(folder))
     import vllm
 
-    print(f"# What a server of vLLM {vllm.__version__} imports while it starts; made by scripts/learn_modules.py.")
-    for name in shorten(names):
-        print(name)
+    print(
+        f"# What a server of vLLM {vllm.__version__} imports while it starts; made by scripts/learn_modules.py.",
+        *shorten(names),
+        sep="\n",
+        file=output,
+        flush=True,
+    )
+    os._exit(0)  # native libraries complain at an ordinary end
 
 
 if __name__ == "__main__":

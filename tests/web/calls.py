@@ -20,6 +20,8 @@ from tests.support.daemon import Daemon, wait_until
 
 INSTANCES = "/v2/vllm/instances"
 REPLY_SECONDS = 20.0
+STOP_SECONDS = 2.0
+"""What the shared daemon gives an instance between SIGTERM and SIGKILL."""
 
 
 def raw(daemon: Daemon, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
@@ -49,6 +51,14 @@ def tree(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended and that its parent has not asked about does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for_child(pid: int) -> psutil.Process:
     """The engine child of a server process, as soon as there is one."""
     wait_until(lambda: bool(psutil.Process(pid).children()))
@@ -68,7 +78,8 @@ class Watch:
     def __init__(self, reply: http.client.HTTPResponse) -> None:
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reply = reply
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         with suppress(http.client.HTTPException, OSError, ValueError):
@@ -105,13 +116,15 @@ def watching(daemon: Daemon, **query: Any) -> Iterator[Watch]:
     connection.connect()
     assert connection.sock is not None
     connected = connection.sock
+    connection.request("GET", f"{INSTANCES}/watch?{urlencode(query)}")
+    reply = connection.getresponse()
+    assert reply.status == 200, reply.read()
+    assert reply.headers["Content-Type"] == "application/x-ndjson"
+    watch = Watch(reply)
     try:
-        connection.request("GET", f"{INSTANCES}/watch?{urlencode(query)}")
-        reply = connection.getresponse()
-        assert reply.status == 200, reply.read()
-        assert reply.headers["Content-Type"] == "application/x-ndjson"
-        yield Watch(reply)
+        yield watch
     finally:
         with suppress(OSError):
             connected.shutdown(socket.SHUT_RDWR)  # wakes the reader, which a close does not
+        watch.reader.join(REPLY_SECONDS)
         connection.close()

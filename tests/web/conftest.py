@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.support.daemon import Daemon
-
-GPUS = 2
+from tests.web.calls import STOP_SECONDS
 
 
 @pytest.fixture(scope="session")
 def session_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     state_dir = tmp_path_factory.mktemp("shared") / "state"
-    with Daemon(state_dir, mock_gpus=True, mock_gpu_count=GPUS, stop_timeout=2, log_level="debug") as daemon:
+    settings: dict[str, Any] = {"mock_gpus": True, "mock_gpu_count": 2, "stop_timeout": STOP_SECONDS, "log_level": "debug"}
+    with Daemon(state_dir, **settings) as daemon:
         yield daemon.wait_ready().wait_warm()
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.support.daemon import Daemon, wait_until
+from tests.support.processes import is_alive
 from tests.web.calls import INSTANCES, problems, raw
 
 V1 = "/v1/vllm"
@@ -50,7 +51,7 @@ def test_life_of_the_instance(shared: Daemon) -> None:
     pid = start(shared)
     assert shared.http.get(V1).json() == {"status": "started", "pid": pid}
     assert stop(shared) == pid
-    assert not psutil.pid_exists(pid)
+    assert not is_alive(pid)
     assert shared.http.get(V1).json() == {"status": "stopped", "pid": pid}
     assert shared.http.delete(V1).status_code == 404
     again = start(shared)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -29,8 +29,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve.serve, run.run, ps.ps, logs.logs, stop.stop, doctor.doctor, demo.demo):
-    app.command(epilog=None)(command)
+COMMANDS: Mapping[str, Callable[..., int]] = {
+    "serve": serve.serve,
+    "run": run.run,
+    "ps": ps.ps,
+    "logs": logs.logs,
+    "stop": stop.stop,
+    "doctor": doctor.doctor,
+    "demo": demo.demo,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def show_version(wanted: bool) -> None:
@@ -60,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except typer.TyperException as problem:
-        complain(f"{problem.format_message()}{hint_for(arguments or sys.argv[1:])}")
+        text = problem.format_message()
+        complain(f"{text.rstrip('.?')}. {hint_for(text, sys.argv[1:] if arguments is None else arguments)}")
         return problem.exit_code
     except WrongUsageError as problem:
         complain(str(problem))
@@ -75,12 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def hint_for(arguments: Sequence[str]) -> str:
+def hint_for(text: str, arguments: Sequence[str]) -> str:
     """What to try after a usage error."""
     name = next((word for word in arguments if not word.startswith("-")), "")
-    if name == "run" and "--" not in arguments:
-        return " vLLM's own options go behind `--`, as in `bullpen run MODEL -- --max-model-len 4096`."
-    return f" See `bullpen {name} --help`." if name in COMMANDS else " See `bullpen --help`."
-
-
-COMMANDS = frozenset({"serve", "run", "ps", "logs", "stop", "doctor", "demo"})
+    if name == "run" and text.startswith("No such option"):
+        return "vLLM's own options go behind `--`, as in `bullpen run MODEL -- --max-model-len 4096`."
+    return f"See `bullpen {name} --help`." if name in COMMANDS else "See `bullpen --help`."

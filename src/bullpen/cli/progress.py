@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -17,6 +18,8 @@ from bullpen.client import Instance, Readiness, ZygoteState
 
 BAR_WIDTH = 36
 FRAMES_PER_SECOND = 12.5
+IDLE_FRAMES_PER_SECOND = 1.0
+"""When only the time goes on: someone may look at it for hours."""
 
 
 class StartDisplay:
@@ -37,17 +40,16 @@ class StartDisplay:
         self._origin = self._asked_at
         self._told: set[str] = set()
         animated = console.is_terminal and not console.is_dumb_terminal
-        self._live = (
-            Live(
-                get_renderable=self._render,
-                console=console,
-                refresh_per_second=FRAMES_PER_SECOND,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            if animated
-            else None
+        self._live = self._new_live(FRAMES_PER_SECOND) if animated else None
+
+    def _new_live(self, frames: float) -> Live:
+        return Live(
+            get_renderable=self._render,
+            console=self._console,
+            refresh_per_second=frames,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     def rename(self, name: str) -> None:
@@ -67,26 +69,29 @@ class StartDisplay:
             # The daemon's clock counts from the start; the newest phase began just now on ours.
             self._origin = time.monotonic() - max(instance.phases.values(), default=0.0)
         self._instance = instance
-        if instance.state == "starting" and instance.phase:
+        if instance.state == "starting" and instance.phase and instance.phase != "ready":
             self._tell(f"{self._name}: {words.phase(instance.phase)}")
-        elif instance.state != "starting":
+        elif instance.state not in ("starting", "ready"):
             self._tell(f"{self._name} is {instance.state}")
 
     def ready(self, instance: Instance) -> None:
         """Leave the summary of a start that has come to its end."""
         self.update(instance)
-        if self._live is None:
-            return
+        if self._live is not None:
+            self._live.stop()
         total = instance.seconds_to_ready or 0.0
         heading = Text.assemble(("✓ ", "green"), (self._name, "bold"), f" is ready in {words.duration(total)}")
         made = words.how_made(instance.start)
         self._console.print(heading.append(f", {made}" if made else ""))
         self._console.print(phase_table(instance, total))
+        if self._live is not None:
+            self._live = self._new_live(IDLE_FRAMES_PER_SECOND)
+            self._live.start()
 
     def print(self, *parts: RenderableType) -> None:
         """Print above what is live."""
         for part in parts:
-            self._console.print(part, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(part, soft_wrap=True)
 
     def _tell(self, line: str) -> None:
         if self._live is None and line not in self._told:
@@ -99,7 +104,7 @@ class StartDisplay:
         if instance is None:
             return self._render_waiting(now - self._asked_at)
         if instance.state != "starting":
-            return self._heading(f"is {instance.state}", since(instance))
+            return self._render_state(instance)
         elapsed = now - self._origin
         return Group(
             self._heading("is starting", elapsed),
@@ -118,12 +123,14 @@ class StartDisplay:
         return Group(heading, bar(zygote.done / zygote.total, f"{zygote.done}/{zygote.total}  {module}"))
 
     def _heading(self, what: str, seconds: float) -> RenderableType:
-        line = Text.assemble((self._name, "bold"), f" {what}  ", (words.duration(seconds), "cyan"))
-        if self._instance is not None and self._instance.state == "ready":
-            line = Text.assemble(("● ", "green"), line, ("  Ctrl-C ends this", "dim"))
-            return line
-        self._spinner.update(text=line)
+        self._spinner.update(text=Text.assemble((self._name, "bold"), f" {what}  ", (words.duration(seconds), "cyan")))
         return self._spinner
+
+    def _render_state(self, instance: Instance) -> RenderableType:
+        colour = words.COLOURS.get(instance.state, "")
+        how_long = f" for {words.age(since(instance))}" if instance.state == "ready" else ""
+        line = Text.assemble(("● ", colour), (self._name, "bold"), " is ", (instance.state, colour), how_long)
+        return line.append("  Ctrl-C offers to stop it", "dim")
 
     def __enter__(self) -> StartDisplay:
         """Begin to show."""
@@ -140,11 +147,9 @@ class StartDisplay:
 
 
 def since(instance: Instance) -> float:
-    """Seconds since an instance became ready, or since it was asked for."""
-    from datetime import UTC, datetime
-
-    begin = datetime.fromisoformat(instance.ready_at) if instance.ready_at else instance.created
-    return max(0.0, (datetime.now(UTC) - begin).total_seconds()) if begin else 0.0
+    """Seconds since an instance became ready."""
+    begin = datetime.fromisoformat(instance.ready_at) if instance.ready_at else datetime.now(UTC)
+    return max(0.0, (datetime.now(UTC) - begin).total_seconds())
 
 
 def bar(fraction: float, text: str) -> Table:

@@ -41,19 +41,19 @@ def show(found: InstanceList, readiness: Readiness) -> None:
     """Print the table, and what is worth a line of its own."""
     from datetime import UTC, datetime
 
-    from rich.console import Console
     from rich.text import Text
 
     from bullpen.cli import words
+    from bullpen.cli.console import new_console
     from bullpen.cli.table import instance_table
 
-    console = Console(highlight=False, emoji=False)
+    console = new_console()
     for zygote in readiness.zygotes:
         if zygote.state != "warm" and (zygote.engine == readiness.engine or zygote.state == "warming"):
-            console.print(words.warming(zygote), markup=False, soft_wrap=True)
+            console.print(words.warming(zygote))
     if readiness.waiting:
         one = readiness.waiting == 1
-        console.print(f"{readiness.waiting} {'create waits' if one else 'creates wait'} to be started", markup=False)
+        console.print(f"{readiness.waiting} {'create waits' if one else 'creates wait'} to be started")
     instances = found.instances
     if not instances:
         print("No instances. `bullpen run MODEL` starts one.")
@@ -61,4 +61,4 @@ def show(found: InstanceList, readiness: Readiness) -> None:
     console.print(instance_table(instances, datetime.now(UTC), console.width if console.is_terminal else None))
     for instance in instances:
         if instance.error is not None:
-            console.print(Text(f"{instance.instance_id}: {instance.error.message}", "red"), soft_wrap=True)
+            console.print(Text(f"{instance.instance_id}: {instance.error.message}", "red"))

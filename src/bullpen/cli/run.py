@@ -15,7 +15,7 @@ from bullpen.cli.common import JsonOption, KeyOption, UrlOption, WrongUsageError
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name on Hugging Face, or its folder.")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Options of `vllm serve`, behind `--`.")
+        list[str] | None, typer.Argument(metavar="-- OPTIONS", help="Options of `vllm serve`, behind `--`.")
     ] = None,
     instance_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="What to call it. Default: after the model.")
@@ -42,11 +42,10 @@ def run(
     \b
     Examples:
       bullpen run facebook/opt-125m
-      bullpen run ./my-model --id mine --detach -- --max-model-len 4096 --port 8005
+      bullpen run ./my-model --id mine --detach -- --max-model-len 4096
     """
     variables = read_variables(env or [])
-    from rich.console import Console
-
+    from bullpen.cli.console import new_console
     from bullpen.cli.running import Request, Running
 
     with connect(url, access_key) as client:
@@ -60,8 +59,7 @@ def run(
             gpu_uuids=gpu or None,
             engine=engine,
         )
-        console = Console(stderr=json_output, highlight=False, emoji=False)
-        return Running(client, request, console, detach=detach, json_output=json_output).go()
+        return Running(client, request, new_console(stderr=json_output), detach=detach, json_output=json_output).go()
 
 
 def read_variables(given: Sequence[str]) -> dict[str, str]:

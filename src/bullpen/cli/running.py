@@ -75,7 +75,7 @@ class Running:
         return code
 
     def _run(self) -> int:
-        display = StartDisplay(self._console, self._request.instance_id or self._request.model)
+        display = StartDisplay(self._console, self._request.instance_id or words.name_for(self._request.model, ()))
         threading.Thread(target=self._create, daemon=True).start()
         with display:
             instance = self._wait_until_created(display)
@@ -180,7 +180,7 @@ class Running:
             print(advice, file=sys.stderr)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     # -- Ctrl-C ------------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Running:
         if not sys.stdin.isatty():
             self._say(goes_on)
             return INTERRUPTED
-        self._console.print("Stop it? [Y/n] ", end="", markup=False)
+        self._console.print("Stop it? [Y/n] ", end="")
         answer = sys.stdin.readline()
         if not answer or answer.strip().lower() not in ("", "y", "yes"):
             self._say(goes_on)
@@ -211,5 +211,5 @@ class Running:
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """End without waiting for anything."""
     sys.stdout.flush()
-    os.write(2, b"\n")
+    os.write(2, b"\nLeft as it is; `bullpen ps` shows it.\n")
     os._exit(INTERRUPTED)

@@ -50,7 +50,7 @@ def serve(
     allow_unauthenticated: Annotated[
         bool | None,
         typer.Option(
-            "--allow-unauthenticated/--no-allow-unauthenticated",
+            "--allow-unauthenticated",
             help="Answer remote callers although there is no key: behind a network policy only.",
             rich_help_panel=LISTEN,
         ),
@@ -119,7 +119,7 @@ def serve(
     ] = None,
     mock_gpus: Annotated[
         bool | None,
-        typer.Option("--mock-gpus/--no-mock-gpus", help="Pretend to have GPUs named GPU-0 …", rich_help_panel=GPUS),
+        typer.Option("--mock-gpus", help="Pretend to have GPUs named GPU-0 …", rich_help_panel=GPUS),
     ] = None,
     mock_gpu_count: Annotated[
         int | None, typer.Option(metavar="N", help="How many. Default: 8.", rich_help_panel=GPUS)

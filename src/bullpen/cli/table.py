@@ -13,18 +13,20 @@ from bullpen.cli import words
 from bullpen.client import Instance
 
 GAP = 2
-NARROW = 12
-"""Characters that are left at least of a column that may be cut."""
-COLOURS = {"ready": "green", "failed": "red", "starting": "cyan", "stopping": "yellow", "sleeping": "blue"}
 
 
 def state(instance: Instance, now: datetime) -> str:
-    """The state; of a start how far it is, of an end how it ended."""
+    """The state; of a start how far it has come, of an end how it ended."""
     if instance.state == "starting":
-        return f"starting, {words.phase(instance.phase or 'start')} {100 * (instance.progress or 0.0):.0f}%"
+        return f"starting {100 * (instance.progress or 0.0):.0f}%"
     if instance.ended and instance.exit_code:
         return f"{instance.state} ({instance.exit_code})"
     return instance.state
+
+
+def phase(instance: Instance, now: datetime) -> str:
+    """What it is doing while it starts."""
+    return words.phase(instance.phase or "start") if instance.state == "starting" else ""
 
 
 def age(instance: Instance, now: datetime) -> str:
@@ -45,25 +47,26 @@ class Column:
     Attributes:
         cell: what it says of an instance at a time.
         rank: 0 is always shown; of the others the highest goes first where there is no room.
-        cuttable: whether its cells may be shortened.
+        narrow: characters that are left at least where its cells are shortened; None: they never are.
     """
 
     heading: str
     cell: Callable[[Instance, datetime], str]
     rank: int = 0
-    cuttable: bool = False
+    narrow: int | None = None
     right: bool = False
 
 
 COLUMNS = (
-    Column("ID", lambda instance, now: instance.instance_id, cuttable=True),
-    Column("MODEL", lambda instance, now: instance.model or "?", cuttable=True),
+    Column("ID", lambda instance, now: instance.instance_id, narrow=24),
+    Column("MODEL", lambda instance, now: instance.model or "?", narrow=18),
     Column("STATE", state),
+    Column("PHASE", phase, rank=3),
     Column("URL", lambda instance, now: instance.url or "", rank=1),
     Column("AGE", age, rank=2, right=True),
-    Column("START", start, rank=3),
-    Column("PID", lambda instance, now: str(instance.pid or ""), rank=4, right=True),
-    Column("ENGINE", lambda instance, now: instance.engine, rank=5),
+    Column("START", start, rank=4),
+    Column("PID", lambda instance, now: str(instance.pid or ""), rank=5, right=True),
+    Column("ENGINE", lambda instance, now: instance.engine, rank=6),
 )
 
 
@@ -78,7 +81,7 @@ class Filled:
     @property
     def narrowest(self) -> int:
         """How narrow it may become."""
-        return min(self.width, max(NARROW, len(self.column.heading))) if self.column.cuttable else self.width
+        return self.width if self.column.narrow is None else min(self.width, self.column.narrow)
 
 
 def layout(instances: Sequence[Instance], now: datetime, width: int | None) -> list[Filled]:
@@ -86,7 +89,8 @@ def layout(instances: Sequence[Instance], now: datetime, width: int | None) -> l
     filled = []
     for column in COLUMNS:
         cells = [column.cell(instance, now) for instance in instances]
-        filled.append(Filled(column, cells, max(map(len, [column.heading, *cells]))))
+        if any(cells):
+            filled.append(Filled(column, cells, max(map(len, [column.heading, *cells]))))
     if width is None:
         return filled
     while room(filled, width) < sum(one.narrowest for one in filled) and any(one.column.rank for one in filled):
@@ -113,7 +117,7 @@ def instance_table(instances: Sequence[Instance], now: datetime, width: int | No
             *(
                 Text(
                     words.shorten(one.cells[row], one.width),
-                    COLOURS.get(instance.state, "") if one.column.heading == "STATE" else "",
+                    words.COLOURS.get(instance.state, "") if one.column.heading == "STATE" else "",
                     no_wrap=True,
                 )
                 for one in filled

@@ -14,15 +14,25 @@ if TYPE_CHECKING:
 
 PHASES: Mapping[str, str] = {"start": "process", "kv_cache": "KV cache", "warmup": "warm-up"}
 """What phases are called where that is not their own name."""
+COLOURS: Mapping[str, str] = {
+    "ready": "green",
+    "failed": "red",
+    "starting": "cyan",
+    "stopping": "yellow",
+    "sleeping": "blue",
+}
+"""The states that have a colour."""
 LONGEST_NAME = 60
 ELLIPSIS = "…"
 
 
 def duration(seconds: float) -> str:
-    """A time span, as exact as it is short: ``0.41 s``, ``12.3 s``, ``2 min 5 s``, ``3 h 10 min``."""
+    """A time span, as exact as it is short: ``25 ms``, ``0.41 s``, ``12.3 s``, ``2 min 5 s``, ``3 h 10 min``."""
+    if seconds < 0.0995:
+        return f"{1000 * max(0.0, seconds):.0f} ms"
     if seconds < 9.995:
         return f"{seconds:.2f} s"
-    if seconds < 99.95:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -81,7 +91,7 @@ def warming(zygote: ZygoteState) -> str:
 def curl(instance: Instance) -> str:
     """A command that asks an instance for a completion, in two lines."""
     name = next(iter(instance.served_model_names), instance.model or "")
-    body = json.dumps({"model": name, "prompt": "Hello, my name is", "max_tokens": 16}, ensure_ascii=False)
+    body = json.dumps({"model": name, "prompt": "Hello", "max_tokens": 16}, ensure_ascii=False)
     url, socket = instance.url or "", ""
     if "+unix://" in url:
         scheme, _, path = url.partition("+unix://")

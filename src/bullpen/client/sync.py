@@ -97,7 +97,7 @@ class BullpenClient:
         document = self._ask("DELETE", wire.instance_path(instance_id), patient=True)
         return wire.read_instance(self.target, document)
 
-    def delete_all(self) -> list[Instance]:  # type: ignore[valid-type]  # `list` is a method here
+    def delete_all(self) -> Sequence[Instance]:
         """Stop and remove all instances, side by side; return those that were stopped."""
         document = self._ask("DELETE", wire.INSTANCES, patient=True)
         return [Instance.read(instance) for instance in document.get("stopped_instances", [])]

@@ -8,11 +8,16 @@ from collections.abc import Mapping, Sequence
 
 HIDDEN = "***"
 SECRET_NAME = re.compile(
-    r"(?:^|_)(?:\w*API_?KEYS?|ACCESS_?KEY\w*|PRIVATE_?KEY|KEY|TOKENS?|SECRETS?|PASSWORD|PASSWD|PASS|CREDENTIALS?|AUTH)(?:_|$)",
+    r"API_?KEY|(?:ACCESS|PRIVATE|SECRET|SIGNING|ENCRYPTION)_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|AUTHORIZATION"
+    r"|(?:TOKEN|(?:API|ACCESS|AUTH)_TOKENS|_PWD|(?:^|_)(?:KEYS?|PASS|AUTH))(?:_?\d+)?$",
     re.IGNORECASE,
 )
-"""Names of environment variables whose values are hidden; ``TOKENIZERS_PARALLELISM`` is none."""
-SECRET_OPTIONS = ("--api-key", "--hf-token", "--ssl-keyfile-password")
+"""Variables whose values are hidden; ``TOKENIZERS_PARALLELISM``, ``…_MAX_TOKENS`` and ``OLDPWD`` are none."""
+MANY = 1_000_000
+SECRET_OPTIONS = {"--api-key": MANY, "--hf-token": 1, "--watermark-config": 1}
+"""Options of vLLM with secret values, and how many values each takes at most."""
+SHORTEST = len("--wa")
+"""An option may be abbreviated; no shorter beginning of one of these is unambiguous."""
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -20,48 +25,45 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: HIDDEN if SECRET_NAME.search(name) else value for name, value in variables.items()}
 
 
-def secrets_of(argv: Sequence[str]) -> set[str]:
-    """The secret values in a command line."""
-    return {argv[place].partition("=")[2] if inline else argv[place] for place, inline in _secret_places(argv)} - {""}
-
-
 def options(text: str, argv: Sequence[str]) -> str:
     """The options as given, secret values hidden; quoted anew only where there is something to hide."""
-    places = dict(_secret_places(argv))
+    places = _secret_places(argv)
     if not places:
         return text
-    words = [
-        word if place not in places else (word.partition("=")[0] + "=" + HIDDEN if places[place] else HIDDEN)
-        for place, word in enumerate(argv)
-    ]
-    return " ".join(word if HIDDEN in word else shlex.quote(word) for word in words)
+    return " ".join(
+        places[place] + HIDDEN if place in places else shlex.quote(word) for place, word in enumerate(argv)
+    )
 
 
 def sentence(text: str, argv: Sequence[str]) -> str:
-    """A parser's sentence about ``argv`` without the secrets that it may quote."""
-    for secret in secrets_of(argv):
-        text = text.replace(secret, HIDDEN)
+    """A parser's sentence about ``argv`` without the secrets that it may quote, plain or as Python shows text."""
+    secrets = {argv[place][len(before) :] for place, before in _secret_places(argv).items()} - {""}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN).replace(repr(secret)[1:-1], HIDDEN)
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", HIDDEN, text)
 
 
-def _secret_places(argv: Sequence[str]) -> list[tuple[int, bool]]:
-    """Where secret values stand: the place of the word, and whether it is part of ``--option=value``."""
-    places = []
-    inside = False
+def _secret_places(argv: Sequence[str]) -> dict[int, str]:
+    """The places of the words that are secrets or end in one, and what stands before it in the word."""
+    places = {}
+    option, awaited = 0, 0
     for place, word in enumerate(argv):
-        if not word.startswith("--"):
-            if inside:
-                places.append((place, False))
+        # A word that begins with one dash may be a secret, where it comes first; after that it is an option.
+        if awaited and not word.startswith("--" if place == option + 1 else "-"):
+            places[place] = ""
+            awaited -= 1
             continue
         name, equals, _ = word.partition("=")
-        inside = is_secret_option(name)
-        if inside and equals:
-            places.append((place, True))
-            inside = False
+        option, awaited = place, _secret_values(name)
+        if awaited and equals:
+            places[place] = name + equals
+            awaited = 0
     return places
 
 
-def is_secret_option(name: str) -> bool:
-    """Whether a flag, or an unambiguous beginning of one, takes a secret."""
-    flag = name.replace("_", "-")
-    return len(flag) >= len("--hf-t") and any(option.startswith(flag) for option in SECRET_OPTIONS)
+def _secret_values(name: str) -> int:
+    """How many secret values a flag takes at most."""
+    flag = name.partition(".")[0].replace("_", "-")
+    if len(flag) < SHORTEST:
+        return 0
+    return max((most for option, most in SECRET_OPTIONS.items() if option.startswith(flag)), default=0)

@@ -36,7 +36,7 @@ def ask(url: str, model: str, tokens: int = TOKENS) -> Answer:
     """
     begun = time.monotonic()
     try:
-        reply = httpx.post(url + PATH, json=request(model, tokens), timeout=ANSWER_SECONDS)
+        reply = httpx.post(url + PATH, json=request(model, tokens), timeout=ANSWER_SECONDS, trust_env=False)
     except httpx.HTTPError as problem:
         raise DemoError(f"{model} did not answer {PATH}: {problem!r}") from problem
     expect(reply.status_code == 200, f"{model} answered {PATH} with {reply.status_code}: {reply.text[:200]}")
@@ -75,7 +75,7 @@ def stream(url: str, model: str, show: Callable[[str], None]) -> Answer:
 
 def events(url: str, body: dict[str, Any], model: str) -> Iterator[dict[str, Any]]:
     """The chunks of a streamed answer."""
-    with httpx.stream("POST", url + PATH, json=body, timeout=ANSWER_SECONDS) as reply:
+    with httpx.stream("POST", url + PATH, json=body, timeout=ANSWER_SECONDS, trust_env=False) as reply:
         expect(reply.status_code == 200, f"{model} answered {PATH} with {reply.status_code}")
         for line in reply.iter_lines():
             data = line.removeprefix("data: ").strip()

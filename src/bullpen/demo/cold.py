@@ -21,6 +21,7 @@ START_SECONDS = 900.0
 """A first start reads gigabytes of libraries from disk."""
 STOP_SECONDS = 15.0
 ORPHAN_SECONDS = 3.0
+KILL_SECONDS = 10.0
 PAUSE = 0.05
 """Between two looks; at most this much is added to what is measured."""
 
@@ -74,9 +75,11 @@ def measure(engine: Engine, model: Path, work: Path, show: Callable[[str, float]
         chat.ask(url, model.name, tokens=1)
         first_token = time.monotonic() - begun
         tree = processes.read_tree(server.pid)
+        stop(server)
     finally:
-        ended = stop(server)
-    expect(ended, "processes of the cold server outlive SIGKILL; `ps -ef` shows them")
+        # An engine core that is left behind would live on, and keep the port.
+        gone = processes.kill_sessions({server.pid}, KILL_SECONDS)
+    expect(gone, "processes of the cold server outlive SIGKILL; `ps -ef` shows them")
     return Cold(ready, first_token, processes.total_pss(tree), len(tree))
 
 
@@ -99,20 +102,17 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, show:
 def answers(url: str) -> bool:
     """Whether a server is ready."""
     try:
-        return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def stop(server: subprocess.Popen[bytes]) -> bool:
-    """End the server and all its processes; return whether they are gone."""
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Let the server end in order, for some time."""
     server.terminate()
     with suppress(subprocess.TimeoutExpired):
         server.wait(STOP_SECONDS)
-    # An engine core that is left behind lives on, and keeps the port.
-    gone = processes.wait_until_gone({server.pid}, ORPHAN_SECONDS)
-    gone = gone or processes.kill_sessions({server.pid}, STOP_SECONDS)
-    return gone and server.wait() is not None
+    processes.wait_until_gone({server.pid}, ORPHAN_SECONDS)
 
 
 def free_port() -> int:

@@ -24,6 +24,7 @@ WARM_SECONDS = 900.0
 START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 SPARE_SECONDS = 5.0
+SPARE_TITLE = "bullpen: spare"
 PAUSE = 0.02
 
 Show = Callable[[str, float], None]
@@ -169,15 +170,16 @@ class Daemon:
         return seconds
 
     def tree(self) -> list[processes.Process]:
-        """The daemon and all below it, once the next spare is there."""
+        """The daemon and all below it, once the next spare is there.
+
+        It is looked at anew then: a fork in the middle of it would have pages counted for one sharer too few.
+        """
         patience = time.monotonic() + SPARE_SECONDS
-        while True:
-            found = processes.read_tree(self._process.pid)
-            self._sessions |= processes.sessions_of(found)
-            spare = any(process.title.startswith("bullpen: spare") for process in found)
-            if spare or time.monotonic() > patience:
-                return found
+        while not processes.is_below(self._process.pid, SPARE_TITLE) and time.monotonic() < patience:
             time.sleep(PAUSE)
+        found = processes.read_tree(self._process.pid)
+        self._sessions |= processes.sessions_of(found)
+        return found
 
     # -- its end ------------------------------------------------------------------------------------------------
 
@@ -194,7 +196,9 @@ class Daemon:
             code = self._process.wait()
         seconds = time.monotonic() - begun
         expect(code == 0, f"the daemon ended with status {code}; its output ends:\n{tail(self._output)}")
-        left = processes.leftovers(self._sessions, self.folder)
+        patience = time.monotonic() + SPARE_SECONDS
+        while (left := processes.leftovers(self._sessions, self.folder)) and time.monotonic() < patience:
+            time.sleep(PAUSE)  # a spare ends when it sees that its zygote has
         expect(not left, f"the daemon has ended and left behind: {', '.join(left)}")
         return seconds
 

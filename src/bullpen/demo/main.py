@@ -33,9 +33,9 @@ from bullpen.node import settings
 INTERRUPTED = 130
 
 NEXT = (
-    ("bullpen serve", "start the daemon; its API: http://127.0.0.1:8001/docs"),
+    ("bullpen serve", "start the daemon; http://127.0.0.1:8001/docs has its API"),
     ("bullpen run MODEL", "start a model of yours and watch its phases"),
-    ("bullpen ps · logs · stop", "see what runs, read its log, end it"),
+    ("bullpen ps, logs, stop", "see what runs, read its log, end it"),
     ("bullpen doctor", "what is installed here, and what to fix"),
     ("make bench", "these figures as medians of ten"),
 )
@@ -198,7 +198,8 @@ def look(report: Report, daemon: Daemon, findings: Findings) -> None:
 
 
 def end(report: Report, daemon: Daemon, started: Sequence[Started]) -> None:
-    """Stop everything and look whether it has."""
+    """Stop everything, and look whether it has."""
+    report.gap()
     for one in started:
         report.done(one.name, "deleted over REST; no process of it is left", daemon.delete(one))
     report.done("daemon", "ended by SIGTERM; a scan of /proc finds nothing left of it", daemon.end())

@@ -55,6 +55,16 @@ def _read_below(process: psutil.Process, depth: int, found: list[Process]) -> No
         _read_below(child, depth + 1, found)
 
 
+def is_below(root: int, title: str) -> bool:
+    """Whether there is a process with a title that begins so, somewhere below another one."""
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(root).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if title_of(process).startswith(title):
+                    return True
+    return False
+
+
 def title_of(process: psutil.Process) -> str:
     """What a process calls itself: its title, or its command line without the program's folder."""
     program, *words = [word for word in process.cmdline() if word] or [process.name()]

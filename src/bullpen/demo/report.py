@@ -93,10 +93,14 @@ class Report:
 
     @contextmanager
     def streaming(self, model: str) -> Iterator[Callable[[str], None]]:
-        """A completion as it comes."""
-        self.console.print(Text.assemble("  ", (f"{model:<{LABEL}}", "bold"), " “"), end="")
+        """A completion as it comes; the text may be wrapped by the terminal, so nothing stands to the right of it."""
+        self.console.print(Text.assemble(("✓ ", "green"), (f"{model:<{LABEL}}", "bold"), " streamed: “"), end="")
         yield lambda piece: self.console.print(Text(printable(piece), "cyan"), end="", soft_wrap=True)
-        self.console.print("”", style="default")
+        self.console.print("”")
+
+    def gap(self) -> None:
+        """An empty line."""
+        self.console.print()
 
     # -- tables -------------------------------------------------------------------------------------------------
 
@@ -109,9 +113,9 @@ class Report:
         for process, branch in zip(tree, branches([process.depth for process in tree]), strict=True):
             amounts = (megabytes(amount) for amount in (process.private, process.shared, process.pss))
             table.add_row(Text(branch + process.title), str(process.pid), *amounts)
-        table.add_row("", "", "", "", megabytes(total_pss(tree)), style="bold")
+        table.add_row("together", "", "", "", megabytes(total_pss(tree)), style="bold")
         self._print(table)
-        note = "shared: what the zygote imported once, and libraries; PSS: private and a fair part of shared"
+        note = "shared: with the zygote, and libraries; PSS: private and a fair part of shared"
         self.console.print(Padding(Text(note, "dim"), (0, 0, 0, INDENT)))
 
     def log(self, name: str, text: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
+
+logger = logging.getLogger("bullpen")
 
 MOUNTS = Path("/proc/self/mounts")
 OWN = Path("/proc/self/cgroup")
@@ -19,11 +22,18 @@ class Cgroups:
 
     def __init__(self, name: str) -> None:
         self._root = writable_root(name)
+        self._escaped = False
 
     @property
     def available(self) -> bool:
         """Whether trees are held by cgroups here."""
-        return self._root is not None
+        return self._root is not None and not self._escaped
+
+    def confirm(self, key: str, pid: int | None) -> None:
+        """Look whether a server is in its instance's cgroup; where one could not be moved, no other is trusted."""
+        if self.available and pid is not None and pid not in self.pids(key) and os.path.exists(f"/proc/{pid}"):
+            logger.warning("processes cannot be moved into cgroups below %s; trees are told by other marks", self._root)
+            self._escaped = True
 
     def create(self, key: str) -> Path | None:
         """Make an instance's cgroup; None where there is none."""
@@ -37,13 +47,14 @@ class Cgroups:
         return group
 
     def pids(self, key: str) -> list[int]:
-        """The processes in an instance's cgroup."""
+        """The processes in an instance's cgroup, and in those that it made below."""
         if self._root is None:
             return []
-        try:
-            return [int(pid) for pid in (self._root / key / "cgroup.procs").read_text().split()]
-        except OSError:
-            return []
+        found: list[int] = []
+        for group in below(self._root / key):
+            with suppress(OSError):
+                found += [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        return found
 
     def kill(self, key: str) -> None:
         """SIGKILL everything in an instance's cgroup at once (Linux 5.14)."""
@@ -52,25 +63,35 @@ class Cgroups:
                 (self._root / key / "cgroup.kill").write_text("1")
 
     def remove(self, key: str) -> None:
-        """Remove an instance's empty cgroup."""
+        """Remove an instance's empty cgroup, and what it made below."""
         if self._root is not None:
-            with suppress(OSError):
-                (self._root / key).rmdir()
+            for group in reversed(below(self._root / key)):
+                with suppress(OSError):
+                    group.rmdir()
 
     def close(self) -> None:
-        """Remove the daemon's part of the hierarchy, where it is empty."""
+        """Remove the daemon's part of the hierarchy, as far as it is empty."""
         if self._root is not None:
-            with suppress(OSError):
-                self._root.rmdir()
+            for group in reversed(below(self._root)):
+                with suppress(OSError):
+                    group.rmdir()
+
+
+def below(group: Path) -> list[Path]:
+    """A cgroup and all below it, parents first."""
+    return [Path(folder) for folder, _, _ in os.walk(group)]
 
 
 def writable_root(name: str) -> Path | None:
     """Make and return the directory below which instances get their cgroups, if this user may."""
-    mount = next(
-        (Path(line.split()[1]) for line in MOUNTS.read_text().splitlines() if line.split()[2] == "cgroup2"), None
-    )
-    own = next((line[3:] for line in OWN.read_text().splitlines() if line.startswith("0::")), None)
-    if mount is None or own is None:
+    try:
+        mounts, groups = MOUNTS.read_text().splitlines(), OWN.read_text().splitlines()
+    except OSError:
+        return None
+    mount = next((Path(line.split()[1]) for line in mounts if line.split()[2] == "cgroup2"), None)
+    own = next((line[3:] for line in groups if line.startswith("0::")), None)
+    # A path that climbs lies outside what this container may see.
+    if mount is None or own is None or ".." in own:
         return None
     root = mount / own.lstrip("/") / f"bullpen-{name}"
     try:

@@ -13,21 +13,24 @@ import signal
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
 from bullpen.core import redact
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Instance, Served, State
+from bullpen.core.instance import Config, Instance, Served, State
 from bullpen.core.public import public
 from bullpen.engines.base import Place
+from bullpen.engines.crash import CrashClass, Failure
 from bullpen.engines.registry import ENGINES
-from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, LaunchError, StateError
+from bullpen.errors import BullpenError, InvalidRequestError, LaunchError, StateError
 from bullpen.node import probe
+from bullpen.node.ports import resolve
 from bullpen.node.resources import Resources
 from bullpen.node.trees import Tree, read_process
-from bullpen.node.zygotes import Leased, ZygoteEndedError
+from bullpen.node.zygote import Leased, ZygoteEndedError
 
 logger = logging.getLogger("bullpen")
 
@@ -50,9 +53,15 @@ class Handle:
     pidfd: int = -1
     followed: bool = False
     """Whether the end of the process is going to be reported."""
+    shared: set[Path] = field(default_factory=set)
+    """Files in shared memory that the tree was seen to map."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     kill: asyncio.Task[None] | None = None
+
+
+CreateEffect = fx.Check | fx.HoldPort | fx.Start
+"""The steps of a create that may wait."""
 
 
 class Executor:
@@ -78,10 +87,11 @@ class Executor:
         self._handles: dict[str, Handle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unsaved: set[str] = set()
-        self._carriers: dict[type, Callable[[Any], None]] = {
-            fx.Check: lambda effect: self._spawn(self._check(effect.id)),
-            fx.HoldPort: self._hold_port,
-            fx.Start: lambda effect: self._spawn(self._start(effect.id)),
+        self._folder = current_folder()
+        self._carriers: dict[type, Callable[[Any], object]] = {
+            fx.Check: lambda effect: self._spawn(self._create_step(effect, self._check)),
+            fx.HoldPort: lambda effect: self._spawn(self._create_step(effect, self._hold_port)),
+            fx.Start: lambda effect: self._spawn(self._create_step(effect, self._start)),
             fx.Discard: self._discard,
             fx.Watch: lambda effect: self._spawn(self._watch(effect.id)),
             fx.Terminate: self._terminate,
@@ -124,23 +134,34 @@ class Executor:
 
     # -- create ------------------------------------------------------------------------------------------------
 
-    async def _check(self, instance_id: str) -> None:
-        instance = self._fleet.instances[instance_id]
+    async def _create_step(
+        self, effect: CreateEffect, step: Callable[[Instance, CreateEffect], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Do one step of a create; whatever goes wrong ends in a refusal, so that its caller gets an answer."""
+        instance = self._instance(effect.id)
+        if instance is None:
+            return
+        problem: BullpenError
         try:
-            leased, answer = await self._lease_and_check(instance)
-        except BullpenError as problem:
-            self._report(instance, ev.Refused(instance_id, problem))
+            await step(instance, effect)
             return
+        except BullpenError as error:
+            problem = error
+        except Exception as error:
+            logger.exception("creating %s failed; this is a bug in Bullpen", effect.id)
+            problem = LaunchError(f"creating it failed inside Bullpen ({type(error).__name__}); its log has more")
+        self._report(instance, ev.Refused(effect.id, problem))
+
+    async def _check(self, instance: Instance, effect: CreateEffect) -> None:
+        """Raises InvalidRequestError where the engine refuses, LaunchError where no process can be had."""
+        leased, answer = await self._lease_and_check(instance.config)
         process = read_process(leased.pid)
-        if self._instance(instance_id) is not instance or process is None:
-            leased.channel.close()
-            os.close(leased.pidfd)
-            ended = LaunchError("the process that was to become the server has ended")
-            self._report(instance, ev.Refused(instance_id, ended))
-            return
-        self._handles[instance_id] = Handle(leased, leased.pidfd)
+        if self._instance(instance.id) is not instance or process is None:
+            leased.give_back()
+            raise LaunchError("the process that was to become the server has ended; try again")
+        self._handles[instance.id] = Handle(leased, leased.pidfd)
         if leased.reason:
-            logger.warning("instance %s starts in a fresh interpreter: %s", instance_id, leased.reason)
+            logger.warning("instance %s starts in a fresh interpreter: %s", instance.id, leased.reason)
         served = Served(
             model=answer["model"],
             served_model_names=tuple(answer["served_model_names"]),
@@ -149,54 +170,47 @@ class Executor:
             uds=answer["uds"],
             tls=answer["tls"],
         )
-        self._submit(ev.Checked(instance_id, served, leased.pid, process.start_ticks, leased.how))
+        self._submit(ev.Checked(instance.id, served, leased.pid, process.start_ticks, leased.how))
 
-    async def _lease_and_check(self, instance: Instance) -> tuple[Leased, dict[str, Any]]:
-        """Raises InvalidRequestError where the engine refuses, LaunchError where no process can be had."""
-        config = instance.config
-        early = ENGINES[config.engine].early_environment(config.env_vars or {})
-        for attempt in range(LEASE_ATTEMPTS):
-            zygote = self._resources.zygotes.get(config.engine, early)
-            try:
-                leased = await zygote.lease()
-                break
-            except ZygoteEndedError:
-                if attempt == LEASE_ATTEMPTS - 1:
-                    raise
-                await asyncio.sleep(0.05)
+    async def _lease_and_check(self, config: Config) -> tuple[Leased, dict[str, Any]]:
+        leased = await self._lease(config)
         try:
-            answer = await leased.channel.ask({"op": "check", "argv": config.argv})
-            if not answer["ok"]:
+            question = {"op": "check", "argv": config.argv}
+            answer = await leased.channel.ask(question, seconds=leased.answer_seconds)
+            if not answer.get("ok"):
                 raise InvalidRequestError(redact.sentence(one_sentence(answer["error"]), config.argv))
-        except BullpenError:
-            leased.channel.close()
-            os.close(leased.pidfd)
+        except BaseException:
+            leased.give_back()
             raise
         return leased, answer
 
-    def _hold_port(self, effect: fx.HoldPort) -> None:
-        instance = self._fleet.instances[effect.id]
-        assert instance.served is not None
-        host = instance.served.host or self._resources.settings.instance_host
-        try:
-            port = self._resources.ports.hold(instance.key, effect.port, host, effect.avoid)
-        except (ConflictError, LaunchError) as problem:
-            self._submit(ev.Refused(effect.id, problem))
-        else:
+    async def _lease(self, config: Config) -> Leased:
+        """A process of the engine's zygote; where that dies just now, of the next one. Raises LaunchError."""
+        early = ENGINES[config.engine].early_environment(config.env_vars or {})
+        for _ in range(LEASE_ATTEMPTS - 1):
+            zygote = self._resources.zygotes.get(config.engine, early)
+            try:
+                return await zygote.lease()
+            except ZygoteEndedError:
+                await zygote.gone.wait()
+        return await self._resources.zygotes.get(config.engine, early).lease()
+
+    async def _hold_port(self, instance: Instance, effect: CreateEffect) -> None:
+        """Raises ConflictError, InvalidRequestError or LaunchError where the port cannot be had."""
+        assert isinstance(effect, fx.HoldPort) and instance.served is not None
+        address = await resolve(instance.served.host or self._resources.settings.instance_host)
+        if self._instance(effect.id) is instance:
+            port = self._resources.ports.hold(instance.key, effect.port, address, effect.avoid)
             self._submit(ev.PortReady(effect.id, port))
 
-    async def _start(self, instance_id: str) -> None:
-        instance, handle = self._fleet.instances[instance_id], self._handles[instance_id]
-        try:
-            await self._become_server(instance, handle)
-        except BullpenError as problem:
-            self._report(instance, ev.Refused(instance_id, problem))
-        else:
-            self._report(instance, ev.Started(instance_id))
-            self.follow_exit(instance_id, handle)
+    async def _start(self, instance: Instance, effect: CreateEffect) -> None:
+        """Raises LaunchError where the process cannot become the server."""
+        handle = self._handles[instance.id]
+        await self._become_server(instance, handle)
+        self._report(instance, ev.Started(instance.id))
+        self.follow_exit(instance.id, handle)
 
     async def _become_server(self, instance: Instance, handle: Handle) -> None:
-        """Raises LaunchError where the process cannot become the server."""
         assert handle.leased is not None and instance.served is not None and instance.address is not None
         engine = ENGINES[instance.config.engine]
         place = self._place(instance)
@@ -205,13 +219,13 @@ class Executor:
         try:
             make_folder(place)
             cgroup = self._resources.cgroups.create(instance.key)
-            await handle.leased.channel.ask(
+            answer = await handle.leased.channel.ask(
                 {
                     "op": "start",
                     "argv": engine.command_line(instance.config.argv, instance.served.host is not None, place),
                     "env": engine.environment(place, user),
                     "user_env": dict(user),
-                    "cwd": os.getcwd(),
+                    "cwd": self._folder,
                     "title": f"bullpen: {instance.id} {instance.served.model}",
                     "cgroup": str(cgroup) if cgroup else None,
                     "oom_score_adj": OOM_SCORE,
@@ -221,6 +235,9 @@ class Executor:
         finally:
             os.close(log)
             handle.leased.channel.close()
+        if not answer.get("ok"):
+            raise LaunchError(f"the process cannot become the server: {answer.get('error')}")
+        self._resources.cgroups.confirm(instance.key, handle.leased.pid)
 
     def _place(self, instance: Instance) -> Place:
         assert instance.address is not None
@@ -232,12 +249,10 @@ class Executor:
     def _discard(self, effect: fx.Discard) -> None:
         handle = self._handles.pop(effect.id, None)
         if handle is not None and handle.leased is not None:
-            handle.leased.channel.close()
             with suppress(OSError):
                 signal.pidfd_send_signal(handle.pidfd, signal.SIGKILL)
-            with suppress(OSError):
-                os.close(handle.pidfd)
-        self._resources.remove_files(effect.id, effect.key)
+            handle.leased.give_back()
+        self._remove_files(effect.id, effect.key)
 
     def _tree(self, instance: Instance) -> Tree:
         assert instance.pid is not None and instance.start_ticks is not None
@@ -248,7 +263,14 @@ class Executor:
     def adopt(self, instance: Instance, pidfd: int) -> None:
         """Take over a server process that an earlier daemon started."""
         handle = self._handles[instance.id] = Handle(pidfd=pidfd)
+        self._resources.cgroups.confirm(instance.key, instance.pid)
         self.follow_exit(instance.id, handle)
+        if instance.state is not State.STARTING:
+            self._spawn(self._note_shared_memory(instance, handle))
+
+    async def _note_shared_memory(self, instance: Instance, handle: Handle) -> None:
+        """Remember what the tree maps, for a server that ends without removing it."""
+        handle.shared |= await self._resources.trees.shared_memory(self._tree(instance))
 
     def follow_exit(self, instance_id: str, handle: Handle) -> None:
         """Report the end of the server process, which makes its pidfd readable. Once is enough."""
@@ -265,22 +287,31 @@ class Executor:
 
     async def _report_exit(self, instance_id: str, handle: Handle) -> None:
         code = await exit_status(handle)
-        instance = self._instance(instance_id)
-        if instance is not None:
-            self._resources.ports.release(instance.key)
+        try:
+            instance = self._instance(instance_id)
+            if instance is not None:
+                self._resources.ports.release(instance.key)
+                self._report(instance, ev.Exited(instance_id, code, await self._why(instance, code)))
+        finally:
+            # Not before: until the fleet knows of the end, it may ask for a signal to this descriptor.
+            os.close(handle.pidfd)
+            handle.pidfd = -1
+            handle.ended.set()
+
+    async def _why(self, instance: Instance, code: int | None) -> Failure | None:
+        """Why a server ended, from its exit code and its log."""
+        try:
             tail = await asyncio.to_thread(self._resources.logs.tail, instance.key, TAIL_BYTES)
-            engine = ENGINES[instance.config.engine]
             model = instance.served.model if instance.served else None
             port = instance.address.port if instance.address else None
-            failure = engine.failure(code, tail, model, port)
-            self._submit(ev.Exited(instance_id, code, failure))
-        # Not before: until the fleet knows of the end, it may ask for a signal to this descriptor.
-        os.close(handle.pidfd)
-        handle.ended.set()
+            return ENGINES[instance.config.engine].failure(code, tail, model, port)
+        except Exception:
+            logger.exception("reading why %s ended failed; this is a bug in Bullpen", instance.id)
+            return Failure(CrashClass.UNKNOWN, f"it ended with exit code {code}; its log may say why")
 
     async def _watch(self, instance_id: str) -> None:
         """Follow the log, and ask the server whether it is ready, until it is or is gone."""
-        instance = self._fleet.instances[instance_id]
+        instance, handle = self._fleet.instances[instance_id], self._handles[instance_id]
         assert instance.address is not None
         engine = ENGINES[instance.config.engine]
         reader, position = engine.phases(), 0
@@ -288,16 +319,18 @@ class Executor:
         begun = probed = loop.time()
         binding = False
         while self._instance(instance_id) is instance and instance.state is State.STARTING:
-            chunk = self._resources.logs.read(instance.key, position)
-            position = chunk.start + len(chunk.data)
-            for seen in reader.feed(chunk.data):
-                self._submit(ev.PhaseSeen(instance_id, str(seen.phase), reader.progress))
-                binding = seen.phase in ("bind", "ready")
+            with suppress(OSError):  # no file may be opened now, say: the probe goes on
+                chunk = self._resources.logs.read(instance.key, position)
+                position = chunk.start + len(chunk.data)
+                for seen in reader.feed(chunk.data):
+                    self._submit(ev.PhaseSeen(instance_id, str(seen.phase), reader.progress))
+                    binding = seen.phase in ("bind", "ready")
             if binding or loop.time() - probed > PROBE_EVERY:
                 probed = loop.time()
                 if await probe.answers(instance.address, engine.health_path):
                     self._resources.ports.release(instance.key)
                     self._report(instance, ev.Answered(instance_id))
+                    await self._note_shared_memory(instance, handle)
                     return
             await asyncio.sleep(min(max(FIRST_TICK, (loop.time() - begun) / 20), LONGEST_TICK))
 
@@ -316,7 +349,11 @@ class Executor:
 
     async def _kill(self, instance: Instance, handle: Handle) -> None:
         if instance.pid is not None and instance.start_ticks is not None:
-            left = await self._resources.trees.kill(self._tree(instance))
+            try:
+                left = await self._resources.trees.kill(self._tree(instance), shared=handle.shared)
+            except OSError as problem:
+                self._submit(ev.TreeStuck(instance.id, f"unknown, for they cannot be listed: {problem}"))
+                return
             if left:
                 detail = ", ".join(f"{process.pid} ({process.name}, state {process.state})" for process in left)
                 self._submit(ev.TreeStuck(instance.id, detail))
@@ -361,10 +398,26 @@ class Executor:
         return True
 
     def save_again(self) -> None:
-        """Try once more what could not be written."""
+        """Try once more what could not be written, or not be removed."""
         for instance_id in list(self._unsaved):
             self._unsaved.discard(instance_id)
-            self._save(instance_id)
+            if self._instance(instance_id) is None:
+                self._forget_in_journal(instance_id)
+            else:
+                self._save(instance_id)
+
+    def _forget_in_journal(self, instance_id: str) -> None:
+        try:
+            self._resources.journal.forget(instance_id)
+        except StateError as problem:
+            logger.error("%s (tried again until it works)", problem)
+            self._unsaved.add(instance_id)
+        else:
+            self._unsaved.discard(instance_id)
+
+    def _remove_files(self, instance_id: str, key: str) -> None:
+        self._resources.remove_files(key)
+        self._forget_in_journal(instance_id)
 
     def _publish(self, effect: fx.Publish) -> None:
         instance = effect.instance
@@ -384,13 +437,20 @@ class Executor:
 
     def _forget(self, effect: fx.Forget) -> None:
         self._handles.pop(effect.id, None)
-        self._unsaved.discard(effect.id)
-        self._resources.remove_files(effect.id, effect.key)
+        self._remove_files(effect.id, effect.key)
 
     def has_ended(self, instance_id: str) -> bool:
         """Whether the server process has ended, or there is none."""
         handle = self._handles.get(instance_id)
         return handle is None or handle.pidfd < 0 or handle.ended.is_set()
+
+    def children(self) -> set[int]:
+        """Server processes whose end is still to be read."""
+        return {
+            instance.pid
+            for instance in self._fleet.instances.values()
+            if instance.pid is not None and not self.has_ended(instance.id)
+        }
 
     async def close(self) -> None:
         """Let go of everything; processes are left as they are."""
@@ -404,6 +464,14 @@ class Executor:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def current_folder() -> str:
+    """Where relative paths in options begin: the daemon's folder, or the root where that was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
 
 
 def make_folder(place: Place) -> None:
@@ -428,8 +496,13 @@ async def exit_status(handle: Handle) -> int | None:
             status = None
         if status is not None:
             return status
+    return adopted_status(handle.pidfd)
+
+
+def adopted_status(pidfd: int) -> int | None:
+    """How a process ended that has become a child of this one; None where it has not."""
     try:
-        result = os.waitid(os.P_PIDFD, handle.pidfd, os.WEXITED | os.WNOHANG)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:
         return None
     if result is None:

@@ -7,11 +7,13 @@ the disk at each write, for what a loss of power would lose has died with the ma
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from bullpen.core.instance import Instance
 from bullpen.errors import StateError
@@ -24,6 +26,8 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WI
 SCHEMA_VERSION = 1
 KEPT_EVENTS = 2000
 TRIM_EVERY = 256
+CHECKPOINT_EVERY = 500
+"""Writes."""
 
 
 class Journal:
@@ -36,25 +40,43 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._adapter: TypeAdapter[Instance] = TypeAdapter(Instance)
+        self._writes = 0
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.executescript(SCHEMA)
+            # It holds environments, and so secrets. What SQLite puts beside it gets the same mode.
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            path.chmod(0o600)
+            self._db = self._connect()
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version not in (0, SCHEMA_VERSION):
+                self._db.close()
                 raise StateError(f"{path} is of version {version}, this Bullpen reads {SCHEMA_VERSION}; move it away")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.executescript(SCHEMA)
             self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        except sqlite3.Error as problem:
+        except (sqlite3.Error, OSError) as problem:
             raise self._error(problem) from problem
-        path.chmod(0o600)
 
-    def _error(self, problem: sqlite3.Error) -> StateError:
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # it would wait for the disk; see `checkpoint`
+        return db
+
+    def _error(self, problem: Exception) -> StateError:
+        if isinstance(problem, sqlite3.DatabaseError) and not isinstance(problem, sqlite3.OperationalError):
+            return StateError(f"the journal {self._path} is damaged: {problem}; move it away")
         return StateError(f"the journal {self._path} cannot be used: {problem}; make room, or give another --state-dir")
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         try:
             self._db.execute(statement, values)
+        except sqlite3.Error as problem:
+            raise self._error(problem) from problem
+        self._writes += 1
+
+    def _read(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(statement, values).fetchall()
         except sqlite3.Error as problem:
             raise self._error(problem) from problem
 
@@ -70,9 +92,19 @@ class Journal:
         self._write("DELETE FROM instances WHERE id = ?", (instance_id,))
 
     def instances(self) -> list[Instance]:
-        """Every instance that was saved and not forgotten, oldest first."""
-        rows = self._db.execute("SELECT data FROM instances").fetchall()
-        return sorted((self._adapter.validate_json(data) for (data,) in rows), key=lambda instance: instance.created_at)
+        """Every instance that was saved and not forgotten, oldest first.
+
+        Raises:
+            StateError: one cannot be read.
+        """
+        try:
+            saved = [self._adapter.validate_json(data) for (data,) in self._read("SELECT data FROM instances")]
+        except ValidationError as problem:
+            raise StateError(
+                f"the journal {self._path} holds an instance that this Bullpen cannot read"
+                f" ({problem.error_count()} errors); move it away"
+            ) from None
+        return sorted(saved, key=lambda instance: instance.created_at)
 
     def append_event(self, revision: int, line: str) -> None:
         """Keep an event for watchers that come back after a restart."""
@@ -82,7 +114,8 @@ class Journal:
 
     def events(self) -> list[tuple[int, str]]:
         """The kept events, oldest first."""
-        return list(self._db.execute("SELECT revision, line FROM events ORDER BY revision"))
+        rows = self._read("SELECT revision, line FROM events ORDER BY revision")
+        return [(revision, line) for revision, line in rows]
 
     def set_fact(self, name: str, value: Any) -> None:
         """Remember a value."""
@@ -90,8 +123,19 @@ class Journal:
 
     def fact(self, name: str, default: Any = None) -> Any:
         """A value that was remembered."""
-        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        rows = self._read("SELECT value FROM facts WHERE name = ?", (name,))
+        return json.loads(rows[0][0]) if rows else default
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much was written that `checkpoint` is worth its while."""
+        return self._writes >= CHECKPOINT_EVERY
+
+    def checkpoint(self) -> None:
+        """Move what was written from the log into the database, which waits for the disk: call it in a thread."""
+        self._writes = 0
+        with suppress(sqlite3.Error), closing(self._connect()) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """Write everything into one file and close it."""

@@ -40,10 +40,10 @@ class Logs:
     """
 
     def __init__(self, folder: Path, cap: int) -> None:
-        self._folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder.resolve()  # as the kernel names it, which is how processes that write there are told
         self._cap = cap
         self._dropped: dict[str, int] = {}
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, key: str) -> Path:
         """The log of the instance with that key."""
@@ -78,7 +78,7 @@ class Logs:
             return Chunk(b"", 0, 0)
         try:
             total = os.fstat(descriptor).st_size
-            first = min(max(start, self._dropped.get(key, 0)), total)
+            first = min(max(start, self._first_kept(key, descriptor)), total)
             last = total if end is None else min(end, total)
             return Chunk(os.pread(descriptor, max(0, min(last - first, MAX_CHUNK)), first), first, total)
         finally:
@@ -103,6 +103,15 @@ class Logs:
             else:
                 await asyncio.sleep(FOLLOW_SECONDS)
 
+    def _first_kept(self, key: str, descriptor: int) -> int:
+        """Where what is left of a log begins; an earlier daemon may have dropped what was before."""
+        if key not in self._dropped:
+            try:
+                self._dropped[key] = os.lseek(descriptor, 0, os.SEEK_DATA) if self._cap else 0
+            except OSError:  # an empty log, or a file system that keeps no account of holes
+                return 0
+        return self._dropped[key]
+
     def enforce_cap(self, key: str) -> None:
         """Free the oldest bytes of a log that has grown beyond the cap. Where the file system cannot, do nothing."""
         if not self._cap:
@@ -113,7 +122,7 @@ class Logs:
             return
         try:
             total = os.fstat(descriptor).st_size
-            dropped = self._dropped.get(key, 0)
+            dropped = self._first_kept(key, descriptor)
             surplus = (total - dropped - self._cap) // HOLE_BLOCK * HOLE_BLOCK
             if surplus > 0 and punch_hole(descriptor, dropped + surplus):
                 self._dropped[key] = dropped + surplus

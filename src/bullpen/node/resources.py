@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-from bullpen.errors import StateError
 from bullpen.node.bus import Bus
 from bullpen.node.cgroups import Cgroups
 from bullpen.node.gpus import Gpu
@@ -38,11 +36,9 @@ class Resources:
         """The index of each accelerator by its UUID."""
         return {gpu.uuid: gpu.index for gpu in self.gpus}
 
-    def remove_files(self, instance_id: str, key: str) -> None:
-        """Remove what the disk knows of an instance: journal entry, log, folder, cgroup; and its held port."""
+    def remove_files(self, key: str) -> None:
+        """Remove an instance's log, folder, cgroup and held port."""
         self.ports.release(key)
         self.logs.remove(key)
         self.cgroups.remove(key)
         self.state.remove_instance_folder(key)
-        with suppress(StateError):
-            self.journal.forget(instance_id)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bullpen.errors import StateError
 from bullpen.node.statedir import default_state_dir
 
 PREFIX = "BULLPEN_"
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
+KEYS = frozenset({"access_key", "access_key_file"})
 
 
 class Settings(BaseModel):
@@ -42,6 +43,11 @@ class Settings(BaseModel):
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="of the daemon")
     log_cap: int = Field(256 * 1024 * 1024, ge=0, description="bytes kept of each instance's log; 0 keeps all")
 
+    @field_validator("state_dir", "access_key_file")
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
+
 
 def load(given: Mapping[str, Any], config: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
     """Put the settings together: ``given`` (the command line) over the environment over the file over defaults.
@@ -51,22 +57,33 @@ def load(given: Mapping[str, Any], config: Path | None = None, environ: Mapping[
     """
     if config is None and environ.get(PREFIX + "CONFIG"):
         config = Path(environ[PREFIX + "CONFIG"])
-    layers = [("the command line", dict(given)), ("the environment", from_environment(environ))]
+    layers = [("on the command line", dict(given)), ("in the environment", from_environment(environ))]
     if config is not None:
-        layers.append((str(config), read_file(config)))
+        layers.append((f"in {config}", read_file(config)))
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for name, layer in layers:
+    for place, layer in layers:
+        # The two ways to give the key are one setting: the upper layer's counts, whichever it is.
+        settled = merged.keys() | (KEYS if KEYS & merged.keys() else set())
         for key, value in layer.items():
-            if value is not None and key not in merged:
-                merged[key], origin[key] = value, name
+            if value is not None and key not in settled:
+                merged[key], origin[key] = value, place
     try:
         settings = Settings.model_validate(merged)
     except ValidationError as problem:
         error = problem.errors(include_input=False)[0]
         key = str(error["loc"][0]) if error["loc"] else "?"
-        raise StateError(f"{key.replace('_', '-')} in {origin.get(key, 'the settings')}: {error['msg']}") from None
+        place = origin.get(key, "in the settings")
+        raise StateError(f"{spelled(key, place)} {place}: {error['msg']}") from None
     return with_key(settings)
+
+
+def spelled(key: str, place: str) -> str:
+    """A setting's name as it is written there."""
+    if place == "in the environment":
+        return PREFIX + key.upper()
+    flag = key.replace("_", "-")
+    return f"--{flag}" if place == "on the command line" else flag
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -75,7 +92,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in Settings.model_fields:
         text = environ.get(PREFIX + name.upper())
         if text:
-            values[name] = tuple(text.split(",")) if name == "allow_env" else text
+            values[name] = tuple(map(str.strip, text.split(","))) if name == "allow_env" else text
     if "access_key" not in values and environ.get("VLLM_ACCESS_KEY"):
         values["access_key"] = environ["VLLM_ACCESS_KEY"]
     return values

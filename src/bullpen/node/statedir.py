@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -31,16 +32,23 @@ class StateDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         try:
+            # One that exists keeps its mode, for it may be anything (/tmp, say). Every file in it guards itself.
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path.chmod(0o700)
             self.logs.mkdir(mode=0o700, exist_ok=True)
             self._lock = self._take_lock()
-            self.sockets = self._socket_folder()
         except OSError as problem:
             raise StateError(
                 f"the state directory {self.path} cannot be used: {problem.strerror or problem};"
                 " make it writable, or give another one with --state-dir"
             ) from problem
+        try:
+            self.sockets = self._socket_folder()
+        except OSError as problem:
+            self.close()
+            raise StateError(f"{self.path}: no folder for sockets can be made: {problem}") from problem
+        except StateError:
+            self.close()
+            raise
 
     @property
     def journal(self) -> Path:
@@ -78,9 +86,9 @@ class StateDir:
             digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:12]
             folder = Path(tempfile.gettempdir()) / f"bullpen-{os.getuid()}-{digest}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.getuid():
-            raise StateError(f"{folder} belongs to somebody else; remove it, or give another --state-dir")
+        status = folder.lstat()  # a link to some folder of ours may be anyone's trick
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+            raise StateError(f"{folder} is not a folder of yours; remove it, or give another --state-dir")
         folder.chmod(0o700)
         return folder
 

@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import logging
 import os
+import threading
 import time
 import uuid
 from collections import deque
@@ -94,7 +95,9 @@ class Supervisor:
             zygotes.get(self.engine, {})
         journal = Journal(self._state.journal)
         events = journal.events()
-        revision = events[-1][0] if events else 0
+        saved = journal.instances()
+        # The old daemon may have ended, or found the disk full, after it saved a change and before it kept the event.
+        revision = max([revision for revision, _ in events[-1:]] + [instance.revision for instance in saved], default=0)
         cgroups = Cgroups(
             self._state.sockets.name if self._state.sockets.name != "run" else fingerprint(self._state.path)
         )
@@ -117,7 +120,7 @@ class Supervisor:
             revision=revision,
         )
         self._executor = Executor(self.fleet, self.resources, self.submit, self._answer)
-        self._adopt_all()
+        self._adopt_all(saved)
         self._housekeeping = asyncio.ensure_future(self._keep_house())
 
     def _make_zygotes(self) -> Zygotes:
@@ -271,12 +274,14 @@ class Supervisor:
 
     # -- life --------------------------------------------------------------------------------------------------
 
-    def _adopt_all(self) -> None:
+    def _adopt_all(self, saved: list[Instance]) -> None:
         journal = self.resources.journal
         boot = BOOT_ID.read_text().strip()
         same_boot = journal.fact("boot_id") == boot
         journal.set_fact("boot_id", boot)
-        for instance in journal.instances():
+        for instance in saved:
+            if not same_boot:
+                instance.start_ticks = None  # its processes went with the boot; those numbers are strangers' by now
             pidfd = open_process(instance) if same_boot else None
             if pidfd is not None and instance.listed:
                 self._executor.adopt(instance, pidfd)
@@ -293,9 +298,21 @@ class Supervisor:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            self._executor.save_again()
-            for instance in self.fleet.listed():
-                self.resources.logs.enforce_cap(instance.key)
+            try:
+                await self._keep_house_once()
+            except Exception:
+                logger.exception("housekeeping failed; this is a bug in Bullpen")
+
+    async def _keep_house_once(self) -> None:
+        self._executor.save_again()
+        for instance in self.fleet.listed():
+            self.resources.logs.enforce_cap(instance.key)
+        if threading.current_thread() is threading.main_thread():
+            # A program that has the supervisor in a thread has children of its own.
+            zygotes = {zygote.pid for zygote in self.resources.zygotes.all()}
+            self.resources.trees.reap_orphans(zygotes | self._executor.children())
+        if self.resources.journal.is_due:
+            await asyncio.to_thread(self.resources.journal.checkpoint)
 
     def begin_shutdown(self) -> None:
         """Take no new instances, refuse those that wait, end every stream, and begin to stop what runs (or leave it,

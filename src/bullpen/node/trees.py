@@ -12,22 +12,22 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bullpen.node import shared_memory
 from bullpen.node.cgroups import Cgroups
 
 KILL_SECONDS = 10.0
 """How long processes get to end after SIGKILL before the tree counts as stuck."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.25
-SHARED_MEMORY = "/dev/shm/"
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process as ``/proc`` shows it."""
+    """A process as ``/proc`` shows it; ``outputs`` are the files behind its descriptors 1 and 2."""
 
     pid: int
     parent: int
@@ -35,6 +35,15 @@ class Process:
     start_ticks: int
     state: str
     name: str
+    group: int = 0
+    threads: int = 1
+    outputs: frozenset[str] = frozenset()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether nothing of it runs. Where only the main thread has ended, the process looks like a zombie and is
+        none."""
+        return self.state in "ZX" and self.threads <= 1
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,15 @@ class Tree:
 
 
 def read_process(pid: int) -> Process | None:
-    """One process, or None where it is gone."""
+    """One process, or None where it is gone or hidden from this user.
+
+    Raises:
+        OSError: it cannot be told, for want of file descriptors, say.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     name, _, rest = text.partition(b"(")[2].rpartition(b")")
     fields = rest.split()
@@ -63,78 +76,98 @@ def read_process(pid: int) -> Process | None:
         start_ticks=int(fields[19]),
         state=fields[0].decode(),
         name=name.decode(errors="replace"),
+        group=int(fields[2]),
+        threads=int(fields[17]),
+        outputs=read_outputs(pid),
     )
 
 
+def read_outputs(pid: int) -> frozenset[str]:
+    """The files that a process has as output and error output, removed ones by the name that they had."""
+    paths = set()
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            paths.add(os.readlink(f"/proc/{pid}/fd/{descriptor}").removesuffix(" (deleted)"))
+    return frozenset(paths)
+
+
 def read_processes() -> dict[int, Process]:
-    """Every process on this host that this user can see."""
+    """Every process on this host that this user can see.
+
+    Raises:
+        OSError: they cannot be listed.
+    """
     pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
     return {process.pid: process for process in map(read_process, pids) if process is not None}
 
 
-def members(tree: Tree, processes: dict[int, Process], in_cgroup: Iterable[int], by_log: bool) -> list[Process]:
+class Scan:
+    """All processes at one moment, indexed by the marks of a tree."""
+
+    def __init__(self, processes: dict[int, Process]) -> None:
+        self.processes = processes
+        self.children: dict[int, list[int]] = defaultdict(list)
+        self.sessions: dict[int, list[int]] = defaultdict(list)
+        self.groups: dict[int, list[int]] = defaultdict(list)
+        self.writers: dict[str, list[int]] = defaultdict(list)
+        for process in processes.values():
+            self.children[process.parent].append(process.pid)
+            self.sessions[process.session].append(process.pid)
+            self.groups[process.group].append(process.pid)
+            for output in process.outputs:
+                self.writers[output].append(process.pid)
+
+
+def members(tree: Tree, scan: Scan, in_cgroup: Iterable[int], by_log: bool) -> list[Process]:
     """The processes of a tree among those of a scan, zombies included."""
-    found = {pid for pid in in_cgroup if pid in processes}
-    leader = processes.get(tree.leader)
+    found = {pid for pid in in_cgroup if pid in scan.processes}
+    leader = scan.processes.get(tree.leader)
     # The kernel keeps a session's number from being a new pid while anyone is in it. So if a process has that pid but
     # another start time, the session is over and the number belongs to a stranger.
     if leader is None or leader.start_ticks == tree.start_ticks:
-        found |= {process.pid for process in processes.values() if process.session == tree.leader}
+        found.update(scan.sessions.get(tree.leader, ()))
     if by_log:
-        found |= {pid for pid in processes if writes_to(pid, tree.log)}
-    children = defaultdict(list)
-    for process in processes.values():
-        children[process.parent].append(process.pid)
+        found.update(scan.writers.get(str(tree.log), ()))
+    found.discard(os.getpid())
     queue = list(found)
     while queue:
-        for child in children[queue.pop()]:
+        for child in scan.children.get(queue.pop(), ()):
             if child not in found:
                 found.add(child)
                 queue.append(child)
     found.discard(os.getpid())
-    return [processes[pid] for pid in sorted(found)]
+    return [scan.processes[pid] for pid in sorted(found)]
 
 
-def writes_to(pid: int, log: Path) -> bool:
-    """Whether a process has a log as its output or error output."""
-    for descriptor in (1, 2):
-        try:
-            if os.readlink(f"/proc/{pid}/fd/{descriptor}") == str(log):
-                return True
-        except OSError:
-            return False
-    return False
-
-
-def shared_memory_of(pids: Iterable[int]) -> set[Path]:
-    """Files in shared memory that any of the processes maps."""
-    files = set()
-    for pid in pids:
-        with suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-            for line in maps:
-                _, found, name = line.rstrip("\n").partition(SHARED_MEMORY)
-                if found and not name.endswith(" (deleted)"):
-                    files.add(Path(SHARED_MEMORY + name))
-    return files
+def own_groups(pids: Collection[int], scan: Scan) -> list[int]:
+    """The process groups that have members among ``pids`` and none besides."""
+    groups = {scan.processes[pid].group for pid in pids} - {0, os.getpgrp()}
+    return sorted(
+        group for group in groups if all(pid in pids or scan.processes[pid].is_dead for pid in scan.groups[group])
+    )
 
 
 class Scanner:
     """Scans of ``/proc``, outside the event loop; callers that ask at the same time share one."""
 
     def __init__(self) -> None:
-        self._next: asyncio.Future[dict[int, Process]] | None = None
+        self._next: asyncio.Future[Scan] | None = None
         self._busy = asyncio.Lock()
 
-    async def scan(self) -> dict[int, Process]:
-        """A scan that begins after this call."""
+    async def scan(self) -> Scan:
+        """A scan that begins after this call.
+
+        Raises:
+            OSError: the processes cannot be listed.
+        """
         if self._next is None:
             self._next = asyncio.ensure_future(self._run())
         return await asyncio.shield(self._next)
 
-    async def _run(self) -> dict[int, Process]:
+    async def _run(self) -> Scan:
         async with self._busy:
             self._next = None  # whoever asks from here on needs a later scan
-            return await asyncio.to_thread(read_processes)
+            return await asyncio.to_thread(lambda: Scan(read_processes()))
 
 
 class Trees:
@@ -145,49 +178,113 @@ class Trees:
         self._scanner = Scanner()
 
     async def members(self, tree: Tree) -> list[Process]:
-        """The tree's processes that are not zombies, found by a scan that begins now."""
-        processes = await self._scanner.scan()
-        found = members(tree, processes, self._cgroups.pids(tree.key), by_log=not self._cgroups.available)
-        for process in found:
-            if process.state == "Z" and process.parent == os.getpid() and process.pid != tree.leader:
-                # An orphan of the tree that came to us, the subreaper. The server's own status is read elsewhere.
-                with suppress(ChildProcessError):
-                    os.waitpid(process.pid, os.WNOHANG)
-        return [process for process in found if process.state not in "ZX"]
+        """The tree's processes that are alive, found by a scan that begins now.
 
-    async def kill(self, tree: Tree, *, deadline: float = KILL_SECONDS) -> list[Process]:
+        Raises:
+            OSError: the processes cannot be listed.
+        """
+        return self._living(tree, await self._scanner.scan())
+
+    def _living(self, tree: Tree, scan: Scan) -> list[Process]:
+        found = members(tree, scan, self._cgroups.pids(tree.key), by_log=not self._cgroups.available)
+        for process in found:
+            if process.is_dead and process.parent == os.getpid() and process.pid != tree.leader:
+                reap(process.pid)  # an orphan of the tree; the server's own status is read elsewhere
+        return [process for process in found if not process.is_dead]
+
+    async def shared_memory(self, tree: Tree) -> set[Path]:
+        """The files in shared memory that the tree maps now; nothing where its processes cannot be listed."""
+        try:
+            alive = await self.members(tree)
+        except OSError:
+            return set()
+        return await asyncio.to_thread(shared_memory.mapped_by, [process.pid for process in alive])
+
+    async def kill(self, tree: Tree, *, deadline: float = KILL_SECONDS, shared: Collection[Path] = ()) -> list[Process]:
         """SIGKILL the tree until a scan finds nobody; return who is left at the deadline.
 
-        Shared memory that only this tree had mapped is removed with it.
+        Args:
+            tree: which one.
+            deadline: seconds.
+            shared: files in shared memory that it was seen to map. Those, and what it maps now, are removed with it
+                where nobody else maps them.
+
+        Raises:
+            OSError: the processes cannot be listed, up to the deadline.
         """
         end = time.monotonic() + deadline
         pause = FIRST_PAUSE
-        shared: set[Path] = set()
+        files = set(shared)
+        seen: set[int] = set()
         while True:
-            alive = await self.members(tree)
+            try:
+                scan = await self._scanner.scan()
+                alive = self._living(tree, scan)
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(LONGEST_PAUSE)
+                continue
             if not alive:
-                remove_shared_memory(shared, tree)
+                if files:
+                    await asyncio.to_thread(shared_memory.remove_leftovers, files, tree.start_ticks)
                 return []
             if time.monotonic() > end:
                 return alive
-            shared |= shared_memory_of(process.pid for process in alive)
-            self._cgroups.kill(tree.key)
-            for process in alive:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(process.pid, signal.SIGKILL)
+            pids = {process.pid for process in alive}
+            # One that forks faster than we scan is caught with its group, which the kernel kills at one stroke.
+            groups = own_groups(pids, scan) if seen else []
+            new = pids - seen
+            files |= await asyncio.to_thread(shared_memory.mapped_by, new)
+            self._kill_once(tree, alive, groups)
             await asyncio.sleep(pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
+            pause = FIRST_PAUSE if new and seen else min(pause * 2, LONGEST_PAUSE)
+            seen |= new
+
+    def _kill_once(self, tree: Tree, alive: list[Process], groups: list[int]) -> None:
+        self._cgroups.kill(tree.key)
+        for group in groups:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        for process in alive:
+            kill_process(process)
+
+    def reap_orphans(self, ours: Collection[int]) -> None:
+        """Read the end of processes that came to this one as their subreaper, so that they do not stay as zombies.
+
+        Only for a process that has no children but ``ours`` and those of its own session, which are left alone.
+        """
+        own_session = os.getsid(0)
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None or found.si_pid in ours:
+                return
+            process = read_process(found.si_pid)
+            if process is None or process.session == own_session:
+                return
+            reap(found.si_pid)
 
 
-def remove_shared_memory(files: set[Path], tree: Tree) -> None:
-    """Remove what a dead tree left in shared memory, but nothing that is older than the tree."""
-    started = boot_time() + tree.start_ticks / os.sysconf("SC_CLK_TCK")
-    for file in files:
-        with suppress(OSError):
-            if file.stat().st_ctime >= started - 1:
-                file.unlink()
+def kill_process(process: Process) -> None:
+    """SIGKILL this very process, not one that has its pid by now."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:
+        return  # it is gone; or no descriptor is left, and the next round tries again
+    try:
+        now = read_process(process.pid)
+        if now is not None and now.start_ticks == process.start_ticks:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except OSError:
+        pass
+    finally:
+        os.close(pidfd)
 
 
-def boot_time() -> float:
-    """When the kernel started, in seconds since the epoch."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+def reap(pid: int) -> None:
+    """Read the end of a child that is a zombie; nothing happens where it is none."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)

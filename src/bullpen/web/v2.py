@@ -16,7 +16,7 @@ from bullpen.web.errors import documented
 
 router = APIRouter(prefix="/v2/vllm/instances", tags=["v2: many instances"])
 
-RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
+RANGE = re.compile(r"bytes=([0-9]{1,100})-([0-9]{0,100})", re.IGNORECASE)
 BINARY: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 LINES: dict[str, Any] = {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -83,7 +83,7 @@ async def delete_all_instances(request: Request) -> Response:
 async def watch_instances(
     request: Request,
     since: Annotated[
-        str | None, Query(description="a revision; only what happened after it", pattern=r"^\d{1,18}$")
+        str | None, Query(description="a revision; only what happened after it", pattern="^[0-9]{1,100}$")
     ] = None,
     events: Annotated[Literal["all"] | None, Query(description="`all`: finer events and heartbeats too")] = None,
 ) -> Response:

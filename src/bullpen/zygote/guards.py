@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 CONTEXT_DEVICES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/davinci", "/dev/accel/")
 """Device files that an accelerator context holds open. NVML opens other ones (``/dev/nvidiactl``, ``/dev/nvidia0``)
 and survives a fork."""
+ENDING_SECONDS = 0.02
+"""How long a thread that Python has joined may still be seen by the kernel."""
 
 
 def reason_not_to_fork() -> str | None:
@@ -19,14 +22,23 @@ def reason_not_to_fork() -> str | None:
 
 def extra_threads() -> str | None:
     """Say which threads run beside the main one, Python's and C's."""
-    tasks = os.listdir("/proc/self/task")
-    if len(tasks) == 1:
-        return None
-    python = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    native = len(tasks) - 1 - len(python)
-    parts = [f"Python threads {', '.join(python)}"] if python else []
+    deadline = time.monotonic() + ENDING_SECONDS
+    while True:
+        total = len(os.listdir("/proc/self/task"))
+        if total == 1:
+            return None
+        python = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        native = total - 1 - len(python)
+        if native <= 0 or time.monotonic() > deadline:
+            return describe_threads(python, native)
+        time.sleep(0.001)
+
+
+def describe_threads(python: list[str], native: int) -> str:
+    """The sentence for threads by name and others by number."""
+    parts = [f"Python thread{'s' if len(python) > 1 else ''} {', '.join(python)}"] if python else []
     parts += [f"{native} native thread{'s' if native > 1 else ''}"] if native > 0 else []
-    return f"{' and '.join(parts)} run beside the main one"
+    return f"{' and '.join(parts)} {'run' if len(python) + max(native, 0) > 1 else 'runs'} beside the main one"
 
 
 def accelerator_context() -> str | None:

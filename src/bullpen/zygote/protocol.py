@@ -76,9 +76,12 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
         BlockingIOError: the socket does not block and nothing is there.
     """
     size = array.array("i").itemsize
-    data, ancillary, flags, _ = sock.recvmsg(
-        MAX_MESSAGE, socket.CMSG_LEN(MAX_DESCRIPTORS * size), socket.MSG_CMSG_CLOEXEC
-    )
+    limits = MAX_MESSAGE, socket.CMSG_LEN(MAX_DESCRIPTORS * size), socket.MSG_CMSG_CLOEXEC
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(*limits)
+    except ConnectionResetError:
+        # The other side ended and left something of ours unread. What it had said before can still be read.
+        data, ancillary, flags, _ = sock.recvmsg(*limits)
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

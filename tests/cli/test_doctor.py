@@ -1,0 +1,151 @@
+"""``bullpen doctor``: what it finds, where and on what it insists."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bullpen.cli import main
+from bullpen.cli.checks import Level, daemon, machine, software
+from bullpen.cli.checks.software import Interpreter
+from bullpen.client import BullpenClient
+from bullpen.node.gpus import mock_gpus
+from bullpen.node.settings import Settings
+from tests.support.daemon import Daemon, wait_until
+
+
+def examine(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Run it; return the exit code and the findings by subject."""
+    code = main(["doctor", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] == (code == 0) == (document["problems"] == 0)
+    return code, {finding["subject"]: finding for finding in document["findings"]}
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch, nobody: None) -> None:
+    """Settings with which all is well."""
+    monkeypatch.setenv("BULLPEN_ENGINE", "sim")
+    monkeypatch.setenv("BULLPEN_PORT", "0")
+
+
+def test_well_machine_is_well(simulated: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code, findings = examine(capsys)
+    assert code == 0
+    assert "simulator" in findings["default engine"]["text"]
+    assert {"Bullpen", "vLLM", "kernel", "cgroups", "open files", "memory", "/dev/shm", "disk"} <= set(findings)
+    assert "bullpen serve" in findings["daemon"]["text"]
+
+
+def test_people_read_it_too(simulated: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "✓ kernel" in shown and "\nMachine\n" in shown
+
+
+def test_running_daemon_and_its_failed_instance_are_seen(
+    client: BullpenClient, simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BULLPEN_PORT", client.url.rpartition(":")[2])
+    monkeypatch.setenv("BULLPEN_HOST", "127.0.0.1")
+    client.create("--model m", instance_id="a", env_vars={"BULLPEN_SIM_FAIL": "start"})
+    for _ in client.follow_log("a"):
+        pass
+    code, findings = examine(capsys)
+    assert code == 0
+    assert client.url in findings["daemon"]["text"]
+    assert "a Bullpen listens" in findings[f"port {client.url.rpartition(':')[2]}"]["text"]
+    assert (findings["a"]["level"], "bullpen logs a" in findings["a"]["advice"]) == ("warning", True)
+    assert findings["instances"]["text"] == "1 failed"
+
+
+def test_port_of_another_program_is_a_problem(
+    simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("BULLPEN_PORT", str(port))
+        monkeypatch.setenv("BULLPEN_HOST", "127.0.0.1")
+        monkeypatch.setattr(daemon, "ANSWER_SECONDS", 0.2)
+        code, findings = examine(capsys)
+    assert code == 1
+    assert findings[f"port {port}"]["level"] == "problem" and str(os.getpid()) in findings[f"port {port}"]["text"]
+
+
+def test_missing_engine_and_interpreter_are_problems(
+    nobody: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty = tmp_path / "python"
+    empty.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    empty.chmod(0o755)
+    monkeypatch.setenv("BULLPEN_ENGINE_PYTHON", str(empty))
+    code, findings = examine(capsys)
+    assert code == 1 and "make install" in findings["vLLM"]["advice"]
+    monkeypatch.setenv("BULLPEN_ENGINE_PYTHON", str(tmp_path / "nothing"))
+    code, findings = examine(capsys)
+    assert code == 1 and "cannot be run" in findings["interpreter"]["text"]
+
+
+def test_wrong_settings_are_a_problem(
+    nobody: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BULLPEN_SPARES", "many")
+    code, findings = examine(capsys)
+    assert code == 1 and "spares in the environment" in findings["settings"]["text"]
+
+
+def test_state_directory_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    finding = daemon.check_state_dir(tmp_path / "file" / "state")[0]
+    assert finding.level is Level.PROBLEM and "--state-dir" in finding.advice
+
+
+def test_state_directory_that_is_open_to_others_is_a_warning(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert daemon.check_state_dir(tmp_path)[0].level is Level.WARNING
+    tmp_path.chmod(0o700)
+    assert daemon.check_state_dir(tmp_path)[0].level is Level.OK
+
+
+def test_processes_of_a_killed_daemon_are_found(start_daemon: Callable[..., Daemon]) -> None:
+    first = start_daemon().wait_warm()
+    pid = first.create()["pid"]
+    assert daemon.check_left_over(first.state_dir) == []
+    first.kill()
+    found = daemon.check_left_over(first.state_dir)
+    assert [finding.level for finding in found] == [Level.WARNING] and str(pid) in found[0].text
+    second = start_daemon(first.state_dir)
+    assert daemon.check_left_over(first.state_dir) == []
+    second.end()
+    wait_until(lambda: daemon.check_left_over(first.state_dir) == [])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "platform", "levels"),
+    [(0, "cpu", ["ok"]), (0, "cuda", ["warning"]), (2, "cuda", ["ok", "ok"]), (1, "cpu", ["ok", "warning"])],
+)
+def test_gpus_and_the_build_of_vllm_must_fit(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, platform: str, levels: list[str]
+) -> None:
+    monkeypatch.setattr(software, "nvidia_gpus", lambda: mock_gpus(gpus))
+    findings = software.check_gpus(Interpreter("3.11", "0.32", "2", platform))
+    assert [finding.level for finding in findings] == levels
+
+
+def test_default_engine_is_explained() -> None:
+    assert "settings" in software.check_default(Settings(engine="vllm")).text
+
+
+def test_tight_limits_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda what: (1024, 1024))
+    monkeypatch.setattr(machine, "own_limit", lambda name: 100 if name == "pids.max" else 1 << 28)
+    for check in (machine.check_open_files, machine.check_processes, machine.check_memory):
+        finding = check()
+        assert finding.level is Level.WARNING and finding.advice
