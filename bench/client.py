@@ -15,6 +15,8 @@ from bench.common import BenchError
 
 POLL_SECONDS = 0.005
 """Pause between two tries to reach a server that is not there yet."""
+ALIVE_SECONDS = 1.0
+"""Pause between two looks whether that server still lives; each costs time that the start would have."""
 PROMPT = "In a bullpen the next pitcher is"
 TOKENS = 8
 
@@ -114,13 +116,16 @@ def first_answer(url: str, model: str, seconds: float, alive: Callable[[], bool]
     Raises:
         BenchError: it does not in time, or has ended.
     """
-    deadline = time.monotonic() + seconds
+    begun = looked = time.monotonic()
     while True:
         try:
             return complete(url, model)
         except (OSError, http.client.HTTPException):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - begun > seconds:
                 raise BenchError(f"no answer from {url} in {seconds:.0f} s") from None
-            if not alive():
-                raise BenchError(f"the server that should answer at {url} has ended") from None
+            if now - looked > ALIVE_SECONDS:
+                looked = now
+                if not alive():
+                    raise BenchError(f"the server that should answer at {url} has ended") from None
             time.sleep(POLL_SECONDS)

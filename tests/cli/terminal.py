@@ -14,6 +14,9 @@ from typing import Any
 
 COMMAND = [sys.executable, "-m", "bullpen"]
 SECONDS = 30.0
+OWN_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
@@ -30,9 +33,12 @@ class Terminal:
         self._master, slave = pty.openpty()
         ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         # Not setsid alone: the terminal must be the command's own, so that Ctrl-C typed there is a signal to it.
-        steal = f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({COMMAND[0]!r}, {[*COMMAND, *arguments]!r})"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", steal], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            [sys.executable, "-c", OWN_TERMINAL, *COMMAND, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
         )
         os.close(slave)
         self._raw = b""

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import bullpen.web.serve
 from bullpen import __version__
 from bullpen.cli import COMMANDS, main
 from bullpen.client import BullpenClient
 from bullpen.node.settings import Settings
+from bullpen.web import serve as daemon
 from tests.cli.terminal import COMMAND, bullpen
 from tests.support.daemon import Daemon
 
@@ -48,7 +48,7 @@ def test_help_of_each_command_has_an_example(capsys: pytest.CaptureFixture[str],
         (["stop", "a", "--all"], "--all"),
         (["logs", "a", "-f", "--json"], "--json"),
         (["logs", "a", "--tail", "-1"], "--tail"),
-        (["serve", "--port", "99999"], "port in the command line"),
+        (["serve", "--port", "99999"], "port"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
@@ -95,7 +95,7 @@ def served(monkeypatch: pytest.MonkeyPatch, nobody: None) -> list[Settings]:
         found.append(settings)
         return 7
 
-    monkeypatch.setattr(bullpen.web.serve, "serve", serve)
+    monkeypatch.setattr(daemon, "serve", serve)
     return found
 
 
@@ -148,9 +148,9 @@ def test_flags_arrive_as_they_were_given(served: list[Settings], tmp_path: Path)
 
 def test_serve_serves(shared: Daemon, tmp_path: Path) -> None:
     command = [*COMMAND, "serve", "--engine", "sim", "--port", "0"]
-    with Daemon(tmp_path / "own", command=command, port=1).wait_ready().wait_warm() as daemon:
-        assert daemon.create()["engine"] == "sim"
-        daemon.wait_line("bullpen: engine sim warm in ")
+    with Daemon(tmp_path / "own", command=command, port=1).wait_ready().wait_warm() as own:
+        assert own.create()["engine"] == "sim"
+        own.wait_line("bullpen: engine sim warm in ")
 
 
 def test_serve_imports_nothing_for_people() -> None:

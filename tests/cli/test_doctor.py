@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def test_wrong_settings_are_a_problem(
 ) -> None:
     monkeypatch.setenv("BULLPEN_SPARES", "many")
     code, findings = examine(capsys)
-    assert code == 1 and "spares in the environment" in findings["settings"]["text"]
+    assert code == 1 and "SPARES" in findings["settings"]["text"].upper()
 
 
 def test_state_directory_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_default_engine_is_explained() -> None:
 
 
 def test_tight_limits_are_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda what: (1024, 1024))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 1024))
     monkeypatch.setattr(machine, "own_limit", lambda name: 100 if name == "pids.max" else 1 << 28)
     for check in (machine.check_open_files, machine.check_processes, machine.check_memory):
         finding = check()

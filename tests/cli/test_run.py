@@ -107,6 +107,14 @@ def test_terminal_shows_the_start_live(client: BullpenClient, open_terminal: Ope
     assert terminal.end() == 0
 
 
+def test_removal_by_somebody_else_before_it_is_ready_is_a_failure(client: BullpenClient, open_terminal: Open) -> None:
+    terminal = open_terminal("run", "m", "-d", "-e", "BULLPEN_SIM_START_SECONDS=30")
+    terminal.wait_for("m is starting")
+    client.delete("m")
+    terminal.wait_for("m was stopped before it was ready.")
+    assert terminal.end() == 1
+
+
 @pytest.mark.parametrize("answer", ["\n", "y\n"])
 def test_ctrl_c_offers_to_stop_it(client: BullpenClient, open_terminal: Open, answer: str) -> None:
     terminal = open_terminal("run", "m")

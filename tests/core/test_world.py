@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from bullpen.core.effects import HoldPort
-from tests.core.world import FOREIGN_PORT, GPUS, START_TIMEOUT, DaemonKilledError, Handle, Task, Wish, World
+from tests.core.world import FIRST_PORT, FOREIGN_PORT, GPUS, START_TIMEOUT, DaemonKilledError, Handle, Task, Wish, World
 
 T = TypeVar("T")
 
 IDS = st.sampled_from("abc")
 WISHES = st.builds(
     Wish,
-    port=st.sampled_from([None, 0, 8000, 8001, FOREIGN_PORT, 70_000]),
+    port=st.sampled_from([None, 0, 8000, 8001, FIRST_PORT, FOREIGN_PORT, 70_000]),
     uds=st.sampled_from([None, None, None, "/run/m.sock"]),
     gpus=st.sampled_from([(), GPUS[:1], GPUS[1:], GPUS]),
 )
@@ -33,6 +33,7 @@ def outstanding(name: str) -> Callable[[Callable[..., None]], Callable[..., None
     """A rule applies while something of that kind is outstanding."""
     found: dict[str, Callable[[World], list[Task] | list[Handle] | list[str]]] = {
         "check": lambda world: world.tasks_of("check"),
+        "port": lambda world: world.tasks_of("port"),
         "start": lambda world: world.tasks_of("start"),
         "watch": lambda world: world.tasks_of("watch"),
         "server": World.servers,
@@ -67,6 +68,11 @@ class AnythingHappens(RuleBasedStateMachine):
     @rule(place=PLACE, accepted=st.sampled_from([True, True, True, False]))
     def finish_check(self, place: int, accepted: bool) -> None:
         self.happens(lambda: self.world.finish_check(of(self.world.tasks_of("check"), place), accepted=accepted))
+
+    @outstanding("port")
+    @rule(place=PLACE)
+    def finish_port(self, place: int) -> None:
+        self.happens(lambda: self.world.finish_port(of(self.world.tasks_of("port"), place)))
 
     @outstanding("start")
     @rule(place=PLACE, works=st.sampled_from([True, True, True, False]), survives=st.booleans())
@@ -138,6 +144,8 @@ def settle(world: World) -> None:
     for _ in range(50):
         for task in world.tasks_of("check"):
             world.finish_check(task, accepted=True)
+        for task in world.tasks_of("port"):
+            world.finish_port(task)
         for task in world.tasks_of("start"):
             world.finish_start(task, works=True, survives=False)
         for instance_id in world.unreported():
@@ -145,8 +153,9 @@ def settle(world: World) -> None:
         for instance_id in world.kills():
             world.finish_kill(instance_id)
         world.let_time_pass(2 * START_TIMEOUT)
-        busy = any(handle.timers or handle.killing for handle in world.handles.values())
-        if not busy and not world.tasks_of("check") and not world.tasks_of("start") and not world.unreported():
+        tasks = [task for task in world.tasks if task.kind != "watch"]
+        timed = any(handle.timers for handle in world.handles.values())
+        if not (tasks or timed or world.unreported() or world.kills()):
             return
     raise AssertionError("it goes on and on")
 

@@ -51,16 +51,18 @@ class Handle:
     tree: Tree | None = None
     reported: bool = False
     """Whether the fleet was told of the server's end."""
+    held_port: int | None = None
     killing: bool = False
     timers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Task:
-    """A check, a start or a watch that has not come to anything yet."""
+    """A check, a hold of a port, a start or a watch that has not come to anything yet."""
 
     kind: str
     instance: Instance
+    hold: fx.HoldPort | None = None
     phase: int = 0
 
 
@@ -160,6 +162,22 @@ class World:
         served = Served("m", ("m",), wish.port, None, wish.uds, tls=False)
         self.submit(ev.Checked(instance.id, served, pid=100, start_ticks=7, how="fork"))
 
+    def finish_port(self, task: Task) -> None:
+        self.tasks.remove(task)
+        instance, hold = task.instance, task.hold
+        if hold is None or self.fleet.instances.get(instance.id) is not instance:
+            return
+        taken = {handle.held_port for i, handle in self.handles.items() if i != instance.id}
+        taken |= {tree.port for tree in self.trees.values() if tree.alive} | {FOREIGN_PORT}
+        port = hold.port
+        if port is None:
+            port = next(number for number in range(FIRST_PORT, 30_000) if number not in hold.avoid | taken)
+        if port in taken:
+            self.submit(ev.Refused(instance.id, ConflictError("the port is in use")))
+        else:
+            self.handles[instance.id].held_port = port
+            self.submit(ev.PortReady(instance.id, port))
+
     def finish_start(self, task: Task, *, works: bool, survives: bool) -> None:
         """The answer of a process that was told to become the server; without one, it may live on all the same."""
         self.tasks.remove(task)
@@ -180,6 +198,7 @@ class World:
     def answer_probe(self, task: Task) -> None:
         self.tasks.remove(task)
         if self.fleet.instances.get(task.instance.id) is task.instance:
+            self.handles[task.instance.id].held_port = None
             self.submit(ev.Answered(task.instance.id))
 
     def end_server(self, handle: Handle, *, children_too: bool) -> None:
@@ -193,7 +212,7 @@ class World:
         assert handle.tree is not None
         assert not handle.tree.server
         failure = None if code == 0 else Failure(CrashClass.KILLED, "it was killed")
-        handle.reported = True
+        handle.reported, handle.held_port = True, None
         self.submit(ev.Exited(instance_id, code, failure))
 
     def finish_kill(self, instance_id: str, *, stuck: str | None = None) -> None:
@@ -341,15 +360,10 @@ class World:
 
     def _do_HoldPort(self, effect: fx.HoldPort) -> None:
         self.last_hold = effect
-        taken = {tree.port for tree in self.trees.values() if tree.alive}
-        port = effect.port
-        if port is None:
-            port = next(number for number in range(FIRST_PORT, FIRST_PORT + 1000) if number not in effect.avoid)
-        assert port not in taken, "the fleet gave the port of a living tree to another instance"
-        if port == FOREIGN_PORT:
-            self.submit(ev.Refused(effect.id, ConflictError("the port is in use by another program")))
-        else:
-            self.submit(ev.PortReady(effect.id, port))
+        taken = {tree.port for tree in self.trees.values() if tree.alive} - {None}
+        assert effect.port not in taken, "the fleet gave the port of a living tree to another instance"
+        assert taken <= effect.avoid
+        self.tasks.append(Task("port", self.fleet.instances[effect.id], effect))
 
     def _do_Start(self, effect: fx.Start) -> None:
         instance = self.fleet.instances[effect.id]
@@ -359,6 +373,7 @@ class World:
         assert self.journal[effect.id].key == instance.key, "not saved before its start"
         for other in self.trees.values():
             assert other is tree or not other.alive or not other.gpus & tree.gpus, "two trees on one accelerator"
+            assert not other.alive or other.port is None or other.port != instance.address.port, "two trees, one port"
         tree.told, tree.port = True, instance.address.port
         self.tasks.append(Task("start", instance))
 
@@ -471,7 +486,7 @@ class World:
     def _verify_instance(self, instance: Instance) -> None:
         handle = self.handles.get(instance.id)
         if instance.state in (State.STARTING, State.STOPPING):
-            step = any(task.instance is instance for task in self.tasks if task.kind in ("check", "start"))
+            step = any(task.instance is instance for task in self.tasks if task.kind in ("check", "port", "start"))
             assert step or (handle is not None and (handle.killing or handle.timers)), "it waits for nothing"
         if instance.state is State.STARTING and instance.listed:
             assert handle is not None

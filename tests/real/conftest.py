@@ -54,7 +54,8 @@ def start_real_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
     def start(state_dir: Path | None = None, **settings: Any) -> Daemon:
         folder = state_dir or tmp_path_factory.mktemp("state")
         environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        daemon = Daemon(folder, engine="vllm", environment=environment, **settings)
+        # vLLM's server, told to end while it starts or while a stream is open, has to be killed: do not wait long.
+        daemon = Daemon(folder, engine="vllm", environment=environment, **{"stop_timeout": 2, **settings})
         started.append(daemon)
         return daemon.wait_ready()
 

@@ -51,11 +51,11 @@ def test_killed_server(daemon: Daemon, models: Models, pair: Pair) -> None:
 
 
 def test_killed_engine_core(daemon: Daemon, models: Models) -> None:
-    """kill -9 of the engine core: vLLM's server ends itself, and the instance names the reason."""
+    """kill -9 of the engine core: vLLM's server ends itself, with code 0, and the instance names the reason."""
     with serving(daemon, models.options("tiny-b"), "heartless") as instance:
         os.kill(engine_core(instance["pid"]), signal.SIGKILL)
         document = daemon.wait_state("heartless", "failed", "stopped")
-        assert (document["state"], document["error"]["class"]) == ("failed", "engine_died")
+        assert (document["status"], document["error"]["class"]) == ("stopped", "engine_died")
         wait_gone("heartless", instance["pid"])
 
 
@@ -92,7 +92,7 @@ def test_killed_zygote(daemon: Daemon, models: Models, pair: Pair) -> None:
 
 def test_killed_daemon(start_real_daemon: Callable[..., Daemon], models: Models, tmp_path: Path) -> None:
     """kill -9 of the daemon: servers answer on under the same pids, the next daemon has them, and can end them."""
-    first = start_real_daemon(tmp_path / "state").wait_warm()
+    first = start_real_daemon(tmp_path / "s").wait_warm()
     for name in ("one", "two"):
         first.create(models.options("tiny-a"), instance_id=name)
     before = {name: wait_ready(first, name) for name in ("one", "two")}
@@ -102,7 +102,7 @@ def test_killed_daemon(start_real_daemon: Callable[..., Daemon], models: Models,
         one.wait_for_more()
         first.kill()
         one.wait_for_more()
-        second = start_real_daemon(tmp_path / "state")
+        second = start_real_daemon(tmp_path / "s")
         after = {name: second.instance(name) for name in before}
         two.wait_for_more()
     assert not one.problems and not two.problems

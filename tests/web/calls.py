@@ -24,12 +24,14 @@ STOP_SECONDS = 2.0
 """What the shared daemon gives an instance between SIGTERM and SIGKILL."""
 
 
-def raw(daemon: Daemon, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+def raw(
+    daemon: Daemon, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, bytes]:
     """Send a request with its path exactly as given; return status and body."""
     address = urlsplit(daemon.url)
     connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=REPLY_SECONDS)
     try:
-        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+        connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
         reply = connection.getresponse()
         return reply.status, reply.read()
     finally:

@@ -15,7 +15,12 @@ from tests.web.calls import STOP_SECONDS
 @pytest.fixture(scope="session")
 def session_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     state_dir = tmp_path_factory.mktemp("shared") / "state"
-    settings: dict[str, Any] = {"mock_gpus": True, "mock_gpu_count": 2, "stop_timeout": STOP_SECONDS, "log_level": "debug"}
+    settings: dict[str, Any] = {
+        "mock_gpus": True,
+        "mock_gpu_count": 2,
+        "stop_timeout": STOP_SECONDS,
+        "log_level": "debug",
+    }
     with Daemon(state_dir, **settings) as daemon:
         yield daemon.wait_ready().wait_warm()
 

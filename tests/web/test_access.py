@@ -30,7 +30,16 @@ OTHER_HOSTS = [
     "2130706433",
     "",
 ]
-OWN_HOSTS = ["localhost", "localhost:8001", "LocalHost:1", "127.0.0.1", "127.0.0.1:8001", "127.8.8.8", "[::1]:8001", "[::1]"]
+OWN_HOSTS = [
+    "localhost",
+    "localhost:8001",
+    "LocalHost:1",
+    "127.0.0.1",
+    "127.0.0.1:8001",
+    "127.8.8.8",
+    "[::1]:8001",
+    "[::1]",
+]
 OTHER_ORIGINS = [
     "null",
     "http://evil.example",
@@ -136,7 +145,14 @@ async def test_own_origin(keyless: Access, origin: str) -> None:
 
 @pytest.mark.parametrize(
     "authorization",
-    [f"Bearer {KEY}", f"bearer {KEY}", f"BEARER  {KEY} ", basic("", KEY), basic("anyone", KEY), basic("x", KEY).replace("Basic", "basic")],
+    [
+        f"Bearer {KEY}",
+        f"bearer {KEY}",
+        f"BEARER  {KEY} ",
+        basic("", KEY),
+        basic("anyone", KEY),
+        basic("x", KEY).replace("Basic", "basic"),
+    ],
 )
 @pytest.mark.parametrize("client", ["127.0.0.1", "10.0.0.9"])
 async def test_right_key(keyed: Access, authorization: str, client: str) -> None:
@@ -214,7 +230,11 @@ def own_address() -> str:
     """An address of this host that is no loopback; a caller that uses it comes from there too."""
     for name, addresses in psutil.net_if_addrs().items():
         for address in addresses:
-            if address.family.name == "AF_INET" and not address.address.startswith("127.") and psutil.net_if_stats()[name].isup:
+            if (
+                address.family.name == "AF_INET"
+                and not address.address.startswith("127.")
+                and psutil.net_if_stats()[name].isup
+            ):
                 return str(address.address)
     pytest.skip("this host has no address but loopback")
 
@@ -277,9 +297,9 @@ def test_daemon_that_is_open(start_daemon: Callable[..., Daemon], own_address: s
 )
 def test_daemon_without_a_key_and_a_web_page_or_a_proxy(shared: Daemon, headers: dict[str, str]) -> None:
     for method, path in (("POST", INSTANCES), ("GET", INSTANCES), ("DELETE", INSTANCES), ("GET", "/")):
-        status, body = raw(shared, method, path, b'{"options": "--model m"}', **headers)
+        status, body = raw(shared, method, path, b'{"options": "--model m"}', headers)
         assert status == 403, body
-    assert raw(shared, "GET", "/health", **headers)[0] == 200
+    assert raw(shared, "GET", "/health", headers=headers)[0] == 200
     assert shared.http.get(INSTANCES).json()["total_instances"] == 0
 
 

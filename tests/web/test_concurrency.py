@@ -87,7 +87,9 @@ def test_deletes_of_one_instance(shared: Daemon, stubborn: str) -> None:
 def test_delete_of_one_and_of_all(shared: Daemon) -> None:
     for n in range(4):
         shared.create(instance_id=f"i{n}")
-    replies = at_once(shared, [("DELETE", INSTANCES, None), ("DELETE", f"{INSTANCES}/i2", None), ("DELETE", INSTANCES, None)])
+    replies = at_once(
+        shared, [("DELETE", INSTANCES, None), ("DELETE", f"{INSTANCES}/i2", None), ("DELETE", INSTANCES, None)]
+    )
     assert set(codes(replies)) <= {200, 404}
     assert shared.http.get(INSTANCES).json()["total_instances"] == 0
 

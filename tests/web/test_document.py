@@ -112,7 +112,9 @@ def test_openapi_document_has_every_reply(document: dict[str, Any], method: str,
 
 def test_instance_has_the_fields_of_the_document(shared: Daemon, document: dict[str, Any]) -> None:
     schema = document["components"]["schemas"]["Instance"]
-    shared.create(instance_id="one", env_vars={"A": "b", "BULLPEN_SIM_START_SECONDS": "0.3"}, gpu_uuids=[], annotations={})
+    shared.create(
+        instance_id="one", env_vars={"A": "b", "BULLPEN_SIM_START_SECONDS": "0.3"}, gpu_uuids=[], annotations={}
+    )
     starting, ready = shared.instance("one"), shared.wait_state("one", "ready")
     shared.create(instance_id="bad", env_vars={"BULLPEN_SIM_FAIL": "start"})
     failed = shared.wait_state("bad", "failed")

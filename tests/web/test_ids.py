@@ -61,7 +61,9 @@ def test_bad(shared: Daemon, path: str) -> None:
     assert known_ids(shared) == []
 
 
-@pytest.mark.parametrize("path", ["a/b", "a%2Fb", "a%2fb", "a/", "a%2F", "../instances/a", "..%2F..%2Fa", "%2Fetc%2Fpasswd"])
+@pytest.mark.parametrize(
+    "path", ["a/b", "a%2Fb", "a%2fb", "a/", "a%2F", "../instances/a", "..%2F..%2Fa", "%2Fetc%2Fpasswd"]
+)
 def test_slash_leads_to_no_route(shared: Daemon, path: str) -> None:
     status, body = raw(shared, "PUT", f"{INSTANCES}/{path}", BODY)
     assert status == 404, body

@@ -15,6 +15,7 @@ from tests.support.daemon import Daemon, wait_until
 from tests.support.processes import is_alive
 from tests.web.calls import INSTANCES, lives, problems, tree, wait_for_child
 
+
 def test_created_under_a_chosen_id(shared: Daemon) -> None:
     created = shared.create(instance_id="chosen")
     assert created["status"] == "started"
@@ -55,7 +56,7 @@ def test_phases_are_seen_while_it_starts(shared: Daemon) -> None:
         document = shared.instance("slow")
         if document["state"] == "starting" and (document["phase"], document["progress"]) not in seen:
             seen.append((document["phase"], document["progress"]))
-        return document["state"] == "ready"
+        return bool(document["state"] == "ready")
 
     wait_until(look)
     assert "weights" in dict(seen)
@@ -64,13 +65,12 @@ def test_phases_are_seen_while_it_starts(shared: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "state"), [(0, "stopped"), (1, "failed"), (3, "failed"), (-signal.SIGKILL, "failed"), (-signal.SIGSEGV, "failed")]
+    ("code", "state"),
+    [(0, "stopped"), (1, "failed"), (3, "failed"), (-signal.SIGKILL, "failed"), (-signal.SIGSEGV, "failed")],
 )
 def test_ended_by_itself(shared: Daemon, code: int, state: str) -> None:
     if code >= 0:
-        shared.create(
-            instance_id="one", env_vars={"BULLPEN_SIM_EXIT_AFTER": "0.1", "BULLPEN_SIM_EXIT_CODE": str(code)}
-        )
+        shared.create(instance_id="one", env_vars={"BULLPEN_SIM_EXIT_AFTER": "0.1", "BULLPEN_SIM_EXIT_CODE": str(code)})
     else:
         shared.create(instance_id="one")
         os.kill(shared.wait_state("one", "ready")["pid"], -code)
@@ -201,7 +201,13 @@ def test_engine_that_cannot_be_used(start_daemon: Callable[..., Daemon]) -> None
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", f"{INSTANCES}/one"), ("PATCH", INSTANCES), ("PUT", INSTANCES), ("DELETE", f"{INSTANCES}/one/log"), ("POST", "/health")],
+    [
+        ("POST", f"{INSTANCES}/one"),
+        ("PATCH", INSTANCES),
+        ("PUT", INSTANCES),
+        ("DELETE", f"{INSTANCES}/one/log"),
+        ("POST", "/health"),
+    ],
 )
 def test_method_that_is_none(shared: Daemon, method: str, path: str) -> None:
     assert shared.http.request(method, path).status_code == 405

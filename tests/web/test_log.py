@@ -122,7 +122,9 @@ def test_start_past_the_end(quiet: tuple[Daemon, bytes], beyond: int, end: str) 
     assert reply.content == b""
 
 
-@pytest.mark.parametrize("wanted", [None, "bytes=0-", "bytes=0-2097151", f"bytes=0-{LOG_BYTES}", "bytes=7-", "bytes=7-99999999"])
+@pytest.mark.parametrize(
+    "wanted", [None, "bytes=0-", "bytes=0-2097151", f"bytes=0-{LOG_BYTES}", "bytes=7-", "bytes=7-99999999"]
+)
 def test_one_mib_a_reply(long: Daemon, wanted: str | None) -> None:
     reply = read(long, "long", wanted)
     assert len(reply.content) == MIB

@@ -37,7 +37,7 @@ def given_arguments(daemon: Daemon, instance_id: str) -> str:
         ("--model m --help", "--help starts no server"),
         ("--model m --max-model-len many", "--max-model-len"),
         ("--model m --hf-overrides '{\"a\": }'", "--hf-overrides: the value is not valid JSON"),
-        ("--model m --hf-overrides {\"a\": 1}", "--hf-overrides: the value is not valid JSON"),
+        ('--model m --hf-overrides {"a": 1}', "--hf-overrides: the value is not valid JSON"),
         ("--model 'm", "no closing quotation"),
         ('--model m "', "no closing quotation"),
         ("--model m \\", "no escaped character"),

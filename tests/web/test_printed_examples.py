@@ -70,9 +70,7 @@ def daemon(printed: Daemon) -> Iterator[Daemon]:
 
 def run(command: str) -> bytes:
     """What a command prints."""
-    done = subprocess.run(
-        ["bash", "-euc", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, check=False
-    )
+    done = subprocess.run(["bash", "-euc", command], capture_output=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 
@@ -212,7 +210,11 @@ curl http://localhost:8001/v2/vllm/instances
     models = {"llama2": ("meta-llama/Llama-2-7b-hf", 8010), "gpt2": ("gpt2", 8011), "opt": ("facebook/opt-1.3b", 8012)}
     for instance in listed["instances"]:
         model, port = models.pop(instance["instance_id"])
-        assert (instance["status"], instance["model"], instance["url"]) == ("running", model, f"http://127.0.0.1:{port}")
+        assert (instance["status"], instance["model"], instance["url"]) == (
+            "running",
+            model,
+            f"http://127.0.0.1:{port}",
+        )
         daemon.wait_state(instance["instance_id"], "ready")
         assert httpx.get(f"http://localhost:{port}/v1/models").json()["data"][0]["id"] == model
     assert not models

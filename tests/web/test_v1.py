@@ -63,9 +63,7 @@ def test_pid_is_that_of_the_server_itself(shared: Daemon) -> None:
     pid = start(shared)
     shared.wait_state("default", "ready")
     port = urlsplit(shared.instance("default")["url"]).port
-    listening = {
-        link.laddr.port for link in psutil.Process(pid).net_connections() if link.status == psutil.CONN_LISTEN
-    }
+    listening = {link.laddr.port for link in psutil.Process(pid).net_connections() if link.status == psutil.CONN_LISTEN}
     assert listening == {port}
     assert f"Started server process [{pid}]" in shared.log("default")
     assert psutil.Process(pid).children(), "the engine child is a child of the process that was named"

@@ -107,7 +107,9 @@ def test_list_then_watch_misses_nothing(shared: Daemon) -> None:
             shared.create(instance_id=f"i{number}")
             shared.delete(f"i{number}")
         lines = [watch.next() for _ in range(10)]
-    assert [line["object"]["revision"] for line in lines] == list(range(listed["revision"] + 1, listed["revision"] + 11))
+    assert [line["object"]["revision"] for line in lines] == list(
+        range(listed["revision"] + 1, listed["revision"] + 11)
+    )
 
 
 @pytest.mark.parametrize("ahead", [1, 1000, 10**30])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -107,12 +108,12 @@ class RunningZygote:
         self.process.wait(SECONDS)
 
 
-def kill(pidfd: int) -> None:
-    """End a process and close its pidfd."""
-    try:
+def kill(pidfd: int, *, wait: bool = False) -> None:
+    """End a process and close its pidfd; see it gone before where told so."""
+    with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    if wait:
+        wait_end(pidfd)
     os.close(pidfd)
 
 

@@ -45,7 +45,7 @@ class ScriptWorld:
             raise SystemExit("the engine gave up")
         if self._options.trouble:
             TROUBLES[self._options.trouble](self._options)
-        LEFT_OPEN.append(Path("/dev/zero").open("rb"))
+        LEFT_OPEN.append(os.open("/dev/zero", os.O_RDONLY))
         signal.signal(signal.SIGUSR1, lambda *_: None)
         return {}
 
@@ -74,7 +74,7 @@ def native_thread(options: argparse.Namespace) -> None:
 
 def open_device(options: argparse.Namespace) -> None:
     device = Path(options.device)
-    LEFT_OPEN.append(device.open("rb"))
+    LEFT_OPEN.append(os.open(device, os.O_RDONLY))
     guards.CONTEXT_DEVICES = (str(device),)
 
 

@@ -26,7 +26,7 @@ def ends() -> Iterator[Ends]:
 
 def read_all(sock: socket.socket) -> list[tuple[protocol.Message, int]]:
     """All messages that have come, with how many descriptors came with each."""
-    found = []
+    found: list[tuple[protocol.Message, int]] = []
     while True:
         try:
             received = protocol.receive(sock)
@@ -42,7 +42,7 @@ def read_all(sock: socket.socket) -> list[tuple[protocol.Message, int]]:
 def test_what_is_not_read_waits_in_order(ends: Ends) -> None:
     client, theirs = ends
     count = 0
-    while not client.is_behind:
+    while not client.is_behind():
         client.tell({"id": count})
         count += 1
     file = os.open(os.devnull, os.O_RDONLY)
@@ -50,7 +50,7 @@ def test_what_is_not_read_waits_in_order(ends: Ends) -> None:
     os.close(file)  # the caller's own; the message keeps a copy
     client.tell({"id": count + 1})
     found = []
-    while client.is_behind:
+    while client.is_behind():
         found += read_all(theirs)
         client.flush()
     found += read_all(theirs)
@@ -68,7 +68,7 @@ def test_a_client_that_is_hopelessly_behind_counts_as_gone(ends: Ends, monkeypat
 
 def test_hanging_up_closes_what_waits(ends: Ends) -> None:
     client, _ = ends
-    while not client.is_behind:
+    while not client.is_behind():
         client.tell({})
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
@@ -79,14 +79,14 @@ def test_hanging_up_closes_what_waits(ends: Ends) -> None:
 
 def test_the_end_is_seen_without_reading(ends: Ends) -> None:
     client, theirs = ends
-    assert not client.has_hung_up
+    assert not client.has_hung_up()
     protocol.send(theirs, {"op": "status"})
-    assert not client.has_hung_up
+    assert not client.has_hung_up()
     assert client.receive() == ({"op": "status"}, [])
     with pytest.raises(BlockingIOError):
         client.receive()
     theirs.close()
-    assert client.has_hung_up
+    assert client.has_hung_up()
     assert client.receive() is None
     with pytest.raises(OSError, match="roken pipe"):
         client.tell({})

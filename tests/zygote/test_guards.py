@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-NATIVE = "import ctypes; libc = ctypes.CDLL(None); [libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None) for _ in range({count})]"
+NATIVE = (
+    "import ctypes; libc = ctypes.CDLL(None)\n"
+    "for _ in range({count}): libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)"
+)
 PYTHON = "import threading; threading.Thread(target=threading.Event().wait, name='{name}', daemon=True).start()"
-TORCH = "import sys, types; sys.modules['torch'] = torch = types.ModuleType('torch'); torch.{backend} = types.SimpleNamespace({what})"
+TORCH = (
+    "import sys, types; sys.modules['torch'] = torch = types.ModuleType('torch')\n"
+    "torch.{backend} = types.SimpleNamespace({what})"
+)
 
 
 def reason(*statements: str) -> str:

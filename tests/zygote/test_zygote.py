@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +34,8 @@ Start = Callable[..., RunningZygote]
 def slow_modules(folder: Path, count: int, seconds: float = 0.2) -> list[str]:
     """Arguments that make a scripted zygote take its time to warm."""
     for number in range(count):
-        (folder / f"slow{number}.py").write_text(f"import time; time.sleep({seconds})")
+        text = f"open({str(folder / f'began{number}')!r}, 'w'); import time; time.sleep({seconds})"
+        (folder / f"slow{number}.py").write_text(text)
     return ["--path", str(folder), *(word for number in range(count) for word in ("--import", f"slow{number}"))]
 
 
@@ -57,11 +57,19 @@ def test_modules_are_told_one_by_one(start_scripted: Start, tmp_path: Path) -> N
     (tmp_path / "wrong.py").write_text("1 / 0")
     zygote = start_scripted(*slow_modules(tmp_path, 3), "--import", "wrong")
     client = zygote.connect()
-    told = [next_event(client, "module") for _ in range(3)]
-    assert [event["name"] for event in told] == [*[f"slow{number}" for number in range(3)], "wrong"][-3:]
-    assert [(event["done"], event["total"]) for event in told] == [(2, 4), (3, 4), (4, 4)]
-    assert told[0]["seconds"] >= 0.2
-    assert [event["error"] for event in told] == [None, None, "ZeroDivisionError: division by zero"]
+    told = [next_event(client, "module")]
+    while told[-1]["done"] < 4:
+        told.append(next_event(client, "module"))
+    assert len(told) >= 2, "it connected while the first or the second was being imported"
+    assert [(event["name"], event["done"]) for event in told] == [
+        ("slow0", 1),
+        ("slow1", 2),
+        ("slow2", 3),
+        ("wrong", 4),
+    ][-len(told) :]
+    assert {event["total"] for event in told} == {4}
+    assert told[-2]["seconds"] >= 0.2
+    assert (told[-2]["error"], told[-1]["error"]) == (None, "ZeroDivisionError: division by zero")
     warm = next_event(client, "warm")
     assert warm["failed"] == {"wrong": "ZeroDivisionError: division by zero"}
     late = zygote.connect()
@@ -160,7 +168,7 @@ def test_a_client_that_never_reads_holds_nobody_up(start_zygote: Start) -> None:
         if number % 100 == 0:
             good.status()
     assert good.status()["warm"]
-    answered = []
+    answered: list[int] = []
     while len(answered) < 2000:
         received = protocol.receive(deaf.socket)
         assert received is not None
@@ -188,7 +196,8 @@ def test_a_spare_that_dies_is_replaced_and_never_given(start_zygote: Start) -> N
     client = zygote.connect()
     client.status()
     (spare,) = wait_for(lambda: children_of(zygote.pid))
-    os.kill(spare, signal.SIGKILL)
+    pidfd = os.pidfd_open(spare)
+    kill(pidfd, wait=True)
     process = zygote.lease(client)
     assert process.pid != spare
     assert process.check(["--model", "m"])["ok"]
@@ -292,7 +301,7 @@ def test_a_burst_of_leases(start_zygote: Start) -> None:
     client.status()
     for number in range(50):
         protocol.send(client.socket, {"op": "lease", "id": f"burst {number}"})
-    given = []
+    given: list[tuple[int, socket.socket]] = []
     while len(given) < 50:
         received = protocol.receive(client.socket)
         assert received is not None
@@ -319,11 +328,13 @@ def test_it_stays_as_it_is_over_many_leases(start_zygote: Start) -> None:
     client.status()
 
     def use(count: int) -> None:
-        for _ in range(count):
-            process = client.lease()
-            process.channel.close()
-            wait_end(process.pidfd)
-            os.close(process.pidfd)
+        for _ in range(count // 25):
+            processes = [client.lease() for _ in range(25)]
+            for process in processes:
+                process.channel.close()
+            for process in processes:
+                wait_end(process.pidfd)
+                os.close(process.pidfd)
         while protocol_events(client):
             pass
 
@@ -385,7 +396,9 @@ def test_a_leased_process_ends_with_its_holder(start_zygote: Start, tmp_path: Pa
         "time.sleep(60)\n"
     )
     zygote.connect().status()
-    with subprocess.Popen([sys.executable, "-c", program, str(zygote.path)], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(zygote.path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         pidfd = os.pidfd_open(int(holder.stdout.readline()))
         holder.kill()
@@ -428,13 +441,12 @@ def test_it_ends_while_it_still_warms(start_scripted: Start, tmp_path: Path, how
     zygote = start_scripted("--exit-with-client", *slow_modules(tmp_path, 10, 0.5))
     client = zygote.connect()
     next_event(client, "module")
-    begun = time.monotonic()
     if how == "client":
         client.close()
     else:
         zygote.process.terminate()
     assert zygote.process.wait(SECONDS) == 0
-    assert time.monotonic() - begun < 3.5
+    assert not (tmp_path / "began9").exists()
 
 
 def test_a_client_that_hung_up_before_it_was_accepted_counts(start_scripted: Start, tmp_path: Path) -> None:

@@ -74,29 +74,29 @@ class StartDisplay:
         elif instance.state not in ("starting", "ready"):
             self._tell(f"{self._name} is {instance.state}")
 
-    def ready(self, instance: Instance) -> None:
-        """Leave the summary of a start that has come to its end."""
-        self.update(instance)
+    def ready(self, instance: Instance, *parts: RenderableType) -> None:
+        """Leave the summary of a start that has come to its end, and ``parts`` below it; then show how it is."""
         if self._live is not None:
             self._live.stop()
+        self.update(instance)
         total = instance.seconds_to_ready or 0.0
         heading = Text.assemble(("✓ ", "green"), (self._name, "bold"), f" is ready in {words.duration(total)}")
         made = words.how_made(instance.start)
         self._console.print(heading.append(f", {made}" if made else ""))
         self._console.print(phase_table(instance, total))
+        self._print(*parts)
         if self._live is not None:
             self._live = self._new_live(IDLE_FRAMES_PER_SECOND)
             self._live.start()
 
-    def print(self, *parts: RenderableType) -> None:
-        """Print above what is live."""
+    def _print(self, *parts: RenderableType) -> None:
         for part in parts:
             self._console.print(part, soft_wrap=True)
 
     def _tell(self, line: str) -> None:
         if self._live is None and line not in self._told:
             self._told.add(line)
-            self.print(line)
+            self._print(line)
 
     def _render(self) -> RenderableType:
         now = time.monotonic()

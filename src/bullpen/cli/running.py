@@ -21,7 +21,7 @@ from bullpen.cli import words
 from bullpen.cli.common import INTERRUPTED, complain, print_json
 from bullpen.cli.progress import StartDisplay
 from bullpen.cli.tail import last_lines
-from bullpen.client import BullpenClient, ClientError, ConnectionFailed, Instance, Refused
+from bullpen.client import BullpenClient, ClientError, ConnectionFailed, Event, Instance, Refused
 from bullpen.errors import BullpenError
 
 LOOK_SECONDS = 0.25
@@ -126,46 +126,36 @@ class Running:
 
     # -- start and stay ----------------------------------------------------------------------------------------
 
-    def _stay(self, instance: Instance, display: StartDisplay) -> Instance | None:
-        """Show the instance until it ends, and return it; None where it is left alone."""
+    def _stay(self, instance: Instance, display: StartDisplay) -> Event | None:
+        """Show the instance until it ends, and return that event; None where it is left alone."""
         was_ready = False
-        name = instance.instance_id
         display.update(instance)
         self._last = instance.document
-        for event in self._client.follow(name):
+        for event in self._client.follow(instance.instance_id):
             if event.instance is None:
                 continue
             instance, self._last = event.instance, event.instance.document
-            if event.type == "DELETED":
-                return instance
-            if instance.ended:
-                return instance
+            if event.type == "DELETED" or instance.ended:
+                return event
             if instance.state == "ready" and not was_ready:
                 was_ready = True
-                display.ready(instance)
-                self._say_where(instance, display)
+                display.ready(instance, *where(instance))
                 if self._detach:
                     return None
             display.update(instance)
         raise ConnectionFailed(f"the daemon at {self._client.url} is ending")
 
-    def _say_where(self, instance: Instance, display: StartDisplay) -> None:
-        ways = (
-            f"`bullpen logs -f {instance.instance_id}` shows its log, `bullpen stop {instance.instance_id}` stops it."
-        )
-        display.print(f"\nIt answers at {instance.url}\n", words.curl(instance), f"\n{ways}\n")
-
-    def _say_end(self, instance: Instance) -> int:
-        name = instance.instance_id
+    def _say_end(self, event: Event) -> int:
+        instance = event.instance
+        assert instance is not None
+        if event.type == "DELETED":
+            early = not instance.ready_at
+            self._say(f"{instance.instance_id} was stopped{' before it was ready' if early else ''}.")
+            return int(early)
         if instance.state == "failed" or instance.error is not None:
             self._say_failure(instance)
             return 1
-        if instance.exit_code == 0:
-            self._say(f"{name} has ended by itself.")
-        elif instance.ended_at is not None and instance.exit_code is None:
-            self._say(f"{name} has ended.")
-        else:
-            self._say(f"{name} was stopped.")
+        self._say(f"{instance.instance_id} has ended by itself.")
         return 0
 
     def _say_failure(self, instance: Instance) -> None:
@@ -206,6 +196,13 @@ class Running:
             self._last = stopped.document
             self._say(f"{stopped.instance_id} stopped.")
         return INTERRUPTED
+
+
+def where(instance: Instance) -> tuple[str, ...]:
+    """Where an instance answers, how to ask it, and how to go on."""
+    name = instance.instance_id
+    ways = f"`bullpen logs -f {name}` shows its log, `bullpen stop {name}` stops it."
+    return f"\nIt answers at {instance.url}\n", words.curl(instance), f"\n{ways}\n"
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:

@@ -57,7 +57,7 @@ def phase(name: str) -> str:
 def phase_durations(begun: Mapping[str, float], until: float) -> list[tuple[str, float]]:
     """Each phase with its length in seconds, from when each began; the last one has lasted ``until`` now."""
     steps = sorted(begun.items(), key=lambda step: step[1])
-    ends = [*(at for _, at in steps[1:]), until]
+    ends = [*(at for _, at in steps), until][1:]
     return [(phase(name), max(0.0, end - at)) for (name, at), end in zip(steps, ends, strict=True) if name != "ready"]
 
 

@@ -22,7 +22,7 @@ class Check:
 @dataclass(frozen=True)
 class HoldPort:
     """Make sure that ``port`` is free on this host, or pick one outside ``avoid`` where it is None, and hold it.
-    → ``PortReady`` or ``Refused``, at once."""
+    Ports that are held for others meanwhile are not picked either. → ``PortReady`` or ``Refused``."""
 
     id: str
     port: int | None

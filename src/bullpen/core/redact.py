@@ -30,9 +30,7 @@ def options(text: str, argv: Sequence[str]) -> str:
     places = _secret_places(argv)
     if not places:
         return text
-    return " ".join(
-        places[place] + HIDDEN if place in places else shlex.quote(word) for place, word in enumerate(argv)
-    )
+    return " ".join(places[place] + HIDDEN if place in places else shlex.quote(word) for place, word in enumerate(argv))
 
 
 def sentence(text: str, argv: Sequence[str]) -> str:

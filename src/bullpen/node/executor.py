@@ -27,6 +27,7 @@ from bullpen.engines.crash import CrashClass, Failure
 from bullpen.engines.registry import ENGINES
 from bullpen.errors import BullpenError, InvalidRequestError, LaunchError, StateError
 from bullpen.node import probe
+from bullpen.node.packets import ProcessEndedError
 from bullpen.node.ports import resolve
 from bullpen.node.resources import Resources
 from bullpen.node.trees import Tree, read_process
@@ -173,7 +174,20 @@ class Executor:
         self._submit(ev.Checked(instance.id, served, leased.pid, process.start_ticks, leased.how))
 
     async def _lease_and_check(self, config: Config) -> tuple[Leased, dict[str, Any]]:
-        leased = await self._lease(config)
+        """A process, and what the engine's parser says in it; where zygote or process dies just then, from another."""
+        for _ in range(LEASE_ATTEMPTS - 1):
+            with suppress(ZygoteEndedError, ProcessEndedError):
+                return await self._try_lease_and_check(config)
+        return await self._try_lease_and_check(config)
+
+    async def _try_lease_and_check(self, config: Config) -> tuple[Leased, dict[str, Any]]:
+        early = ENGINES[config.engine].early_environment(config.env_vars or {})
+        zygote = self._resources.zygotes.get(config.engine, early)
+        try:
+            leased = await zygote.lease()
+        except ZygoteEndedError:
+            await zygote.gone.wait()
+            raise
         try:
             question = {"op": "check", "argv": config.argv}
             answer = await leased.channel.ask(question, seconds=leased.answer_seconds)
@@ -183,17 +197,6 @@ class Executor:
             leased.give_back()
             raise
         return leased, answer
-
-    async def _lease(self, config: Config) -> Leased:
-        """A process of the engine's zygote; where that dies just now, of the next one. Raises LaunchError."""
-        early = ENGINES[config.engine].early_environment(config.env_vars or {})
-        for _ in range(LEASE_ATTEMPTS - 1):
-            zygote = self._resources.zygotes.get(config.engine, early)
-            try:
-                return await zygote.lease()
-            except ZygoteEndedError:
-                await zygote.gone.wait()
-        return await self._resources.zygotes.get(config.engine, early).lease()
 
     async def _hold_port(self, instance: Instance, effect: CreateEffect) -> None:
         """Raises ConflictError, InvalidRequestError or LaunchError where the port cannot be had."""

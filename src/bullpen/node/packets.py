@@ -16,6 +16,10 @@ ANSWER_SECONDS = 60.0
 Packet = tuple[protocol.Message, list[int]]
 
 
+class ProcessEndedError(LaunchError):
+    """A leased process has ended before it became a server; the next one may do better."""
+
+
 class PacketStream:
     """One connection. Nothing is lost and nothing blocks: what the other side does not take yet waits here."""
 
@@ -84,7 +88,8 @@ class PacketStream:
         """Send one message and return the answer.
 
         Raises:
-            LaunchError: the other side is gone, or does not answer in time.
+            ProcessEndedError: the other side is gone.
+            LaunchError: it does not answer in time, or the message is too long for it.
         """
         try:
             self.send(message, descriptors)
@@ -98,7 +103,7 @@ class PacketStream:
         except OSError:
             packet = None
         if packet is None:
-            raise LaunchError("the process that was to become the server ended; the zygote's log may say why")
+            raise ProcessEndedError("the process that was to become the server ended; the zygote's log may say why")
         answer, unexpected = packet
         close_all(unexpected)
         return answer

@@ -128,7 +128,7 @@ def redirect_output(log: int) -> None:
     os.close(log)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(line_buffering=True)  # any more would seek, which a log that is a pipe cannot
 
 
 def set_title(title: str) -> None:

@@ -25,7 +25,6 @@ class Connection:
         """The socket's descriptor, as selectors want it."""
         return self._socket.fileno()
 
-    @property
     def is_behind(self) -> bool:
         """Whether messages wait until the client reads."""
         return bool(self._unread)
@@ -77,7 +76,6 @@ class Connection:
         except (protocol.ProtocolError, OSError):
             return None
 
-    @property
     def has_hung_up(self) -> bool:
         """Whether the client is gone, as far as can be seen without reading its messages."""
         try:

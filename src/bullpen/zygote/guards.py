@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-CONTEXT_DEVICES = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/davinci", "/dev/accel/")
+CONTEXT_DEVICES: tuple[str, ...] = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/davinci", "/dev/accel/")
 """Device files that an accelerator context holds open. NVML opens other ones (``/dev/nvidiactl``, ``/dev/nvidia0``)
 and survives a fork."""
 ENDING_SECONDS = 0.02

@@ -19,6 +19,9 @@ from bullpen.zygote.server import Zygote, listen
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a zygote, or (``--channel``) one process that a zygote could not fork."""
     options = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale: logs are UTF-8
     world = worlds.load(options.engine)
     if options.channel is not None:
         return run_spawned(world, options.channel)

@@ -153,7 +153,7 @@ class Zygote:
     def _is_orphaned(self) -> bool:
         """Whether the client that this zygote lives for has hung up while it warmed."""
         for client in list(self._clients):
-            if client.has_hung_up:
+            if client.has_hung_up():
                 self._forget_client(client)
         return self._exit_with_client and self._had_client and not self._clients
 
@@ -239,7 +239,7 @@ class Zygote:
             self._watch_writing(client)
 
     def _watch_writing(self, client: Connection) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.is_behind else 0)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.is_behind() else 0)
         if self._selector.get_key(client).events != events:
             self._selector.modify(client, events)
 

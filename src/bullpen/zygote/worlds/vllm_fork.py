@@ -13,6 +13,7 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def prepare_parent() -> None:
     if current_platform.is_cpu():
         _allow_amx()
         _scan_for_kernel_overrides_once()
+    _configure_logging_once()
+    _remember_entry_points()
     gc.collect()
     # vLLM runs full collections while it starts: slow on an inherited heap, and they would unshare its pages.
     gc.freeze()
@@ -71,6 +74,26 @@ def _scan_for_kernel_overrides_once() -> None:
         return
     register()
     platform.register_triton_kernel_overrides = classmethod(lambda cls: None)
+
+
+def _configure_logging_once() -> None:
+    """Set up vLLM's default logging here; a server whose options say nothing about it then has nothing to do."""
+    try:
+        from vllm.config.logging import LoggingConfig
+        from vllm.logger import configure_logging
+    except ImportError:  # before 0.32, which has its logging set up when it is imported
+        return
+    configure_logging(LoggingConfig())
+
+
+def _remember_entry_points() -> None:
+    """Read the metadata of all installed packages once; vLLM does it anew for each group of plugins in each process."""
+    everything = metadata.entry_points()
+
+    def entry_points(**wanted: Any) -> Any:
+        return everything.select(**wanted) if wanted else everything
+
+    metadata.entry_points = entry_points
 
 
 def _keep_fork_on_cpu() -> None:
