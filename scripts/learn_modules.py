@@ -133,7 +133,7 @@ def shorten(names: set[str]) -> list[str]:
     result = subprocess.run(
         [sys.executable, "-c", prelude + code],
         input=json.dumps(ordered),
-        env=environment,
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=True,

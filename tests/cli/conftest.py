@@ -12,7 +12,7 @@ from tests.support.daemon import Daemon
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("shared"), stop_timeout=2) as daemon:
+    with Daemon(tmp_path_factory.mktemp("shared"), stop_timeout=1) as daemon:
         yield daemon.wait_ready().wait_warm()
 
 

@@ -159,6 +159,8 @@ def test_serve_imports_nothing_for_people() -> None:
         "bullpen.web.serve.serve = lambda settings: 0\n"
         "from bullpen.cli import main\n"
         "assert main(['serve', '--engine', 'sim']) == 0\n"
+        "import gc\n"
+        "assert gc.isenabled()\n"
         "print([name for name in ('rich', 'httpx', 'psutil', 'bullpen.client') if name in sys.modules])"
     )
     done = subprocess.run(

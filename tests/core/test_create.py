@@ -44,6 +44,14 @@ def test_nobody_sees_an_instance_before_its_process_has_become_the_server() -> N
     assert scene.fleet.listed() == [scene.fleet.get("a")]
 
 
+def test_news_of_a_server_that_is_none_yet_are_of_an_earlier_one() -> None:
+    scene = Scenario()
+    for tell in (scene.create, scene.checked, scene.port_ready):
+        tell("a")
+        assert scene.phase("weights") == scene.answered() == scene.timer("start") == []
+    assert scene.instance().state is State.STARTING
+
+
 def test_list_is_oldest_first() -> None:
     scene = Scenario()
     scene.create("b")

@@ -181,4 +181,7 @@ def test_kill_that_was_not_asked_for_has_no_outcome() -> None:
     assert not instance.tree_gone
     scene.stop()
     assert scene.tree_gone() == []
+    scene.timer("stop")
+    scene.tree_stuck()
+    assert scene.tree_gone() == scene.tree_stuck() == []
     assert scene.fleet.gpu_owner("GPU-0") == "a"

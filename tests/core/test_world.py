@@ -60,6 +60,23 @@ class AnythingHappens(RuleBasedStateMachine):
     def create(self, instance_id: str, wish: Wish) -> None:
         self.happens(lambda: self.world.create(instance_id, wish))
 
+    @precondition(lambda machine: not machine.world.tasks_of("check"))
+    @rule(instance_id=IDS, wish=WISHES)
+    def create_and_start(self, instance_id: str, wish: Wish) -> None:
+        """Several steps at once, or few would ever get far."""
+
+        def steps() -> None:
+            world = self.world
+            world.create(instance_id, wish)
+            for task in world.tasks_of("check"):
+                world.finish_check(task, accepted=True)
+            for task in world.tasks_of("port"):
+                world.finish_port(task)
+            for task in world.tasks_of("start"):
+                world.finish_start(task, works=True, survives=True)
+
+        self.happens(steps)
+
     @rule(instance_id=IDS, timeout=st.sampled_from([0.0, 5.0, 10.0, 600.0]))
     def stop(self, instance_id: str, timeout: float) -> None:
         self.happens(lambda: self.world.stop(instance_id, timeout))
@@ -171,4 +188,4 @@ def assert_nothing_is_left(world: World) -> None:
 
 
 TestAnythingHappens = AnythingHappens.TestCase
-TestAnythingHappens.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestAnythingHappens.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)

@@ -488,6 +488,8 @@ class World:
         if instance.state in (State.STARTING, State.STOPPING):
             step = any(task.instance is instance for task in self.tasks if task.kind in ("check", "port", "start"))
             assert step or (handle is not None and (handle.killing or handle.timers)), "it waits for nothing"
+        elif handle is not None:
+            assert not handle.timers, "a timer for nothing"
         if instance.state is State.STARTING and instance.listed:
             assert handle is not None
             assert "start" in handle.timers

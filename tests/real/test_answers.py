@@ -29,10 +29,10 @@ def sdk(instance: dict[str, Any]) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{instance['url']}/v1", api_key="none", timeout=60, max_retries=0)
 
 
-def curl(*arguments: str) -> str:
+def curl(*arguments: str) -> bytes:
     """What curl prints."""
     command = ["curl", "-sS", "--fail-with-body", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 
@@ -70,7 +70,7 @@ def test_everything_by_curl(daemon: Daemon, models: Models) -> None:
         assert answer["usage"]["completion_tokens"] == 4
         url = f"{base}/{created['instance_id']}"
         assert json.loads(curl(url))["status"] == "running"
-        assert "POST /v1/completions" in curl(f"{url}/log")
+        assert b"POST /v1/completions" in curl(f"{url}/log")
         assert len(curl("-H", "Range: bytes=0-99", f"{url}/log")) == 100
     finally:
         deleted = json.loads(curl("-X", "DELETE", f"{base}/{created['instance_id']}"))

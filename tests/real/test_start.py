@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -32,17 +33,16 @@ def zygotes(daemon: Daemon) -> list[dict[str, Any]]:
     return found
 
 
-def test_every_process_is_forked(daemon: Daemon, pair: Pair) -> None:
+def test_every_process_is_forked(daemon: Daemon, models: Models) -> None:
     """Server and engine core go on with the zygote's memory: neither is a program that was started anew."""
     parent = layout(zygotes(daemon)[0]["pid"])
-    assert parent[1] > 0
-    for name, instance in pair.items():
+    with serving(daemon, models.options("tiny-a"), "forked") as instance:
         assert instance["start"] in ("spare", "fork")
-        tree = processes_of(name, instance["pid"])
+        tree = processes_of("forked", instance["pid"])
         assert set(tree) == {instance["pid"], engine_core(instance["pid"])}
         assert {layout(pid) for pid in tree} == {parent}
         assert not [line for line in tree.values() if "-c from multiprocessing" in line]
-    assert layout(daemon.pid) != parent, "a program of its own looks different, so this test can fail"
+    assert parent != layout(daemon.pid), "a program that was started anew looks different, so this test can fail"
 
 
 def test_phases_are_told_in_order(pair: Pair) -> None:
@@ -80,16 +80,17 @@ def test_bad_options_are_refused_before_anything_starts(daemon: Daemon, models: 
 
 
 FAILING = {
-    "architecture": ("unknown", "", "unsupported_model", "NobodyKnowsForCausalLM"),
-    "length": ("tiny-a", "--max-model-len 1000000", "bad_option", "max_model_len"),
+    "architecture": ("{folder}/unknown {tiny}", "unsupported_model", "NobodyKnowsForCausalLM"),
+    "length": ("{folder}/tiny-a {tiny} --max-model-len 1000000", "bad_option", "max_model_len"),
+    "absent": ("nobody/has-this-model {tiny}", "missing_model", "nobody/has-this-model"),
 }
 
 
 @pytest.mark.parametrize("case", FAILING)
 def test_a_failed_start_says_why_and_keeps_its_log(daemon: Daemon, models: Models, case: str) -> None:
     """What only shows after the fork: ``failed``, a class and one sentence, and the engine's own words in the log."""
-    model, more, kind, word = FAILING[case]
-    pid = daemon.create(models.options(model, *more.split()), instance_id=case)["pid"]
+    options, kind, word = FAILING[case]
+    pid = daemon.create(options.format(folder=models.folder, tiny=shlex.join(models.tiny)), instance_id=case)["pid"]
     document = daemon.wait_state(case, *ENDED)
     assert (document["state"], document["status"]) == ("failed", "stopped")
     assert document["exit_code"] not in (0, None)

@@ -20,7 +20,7 @@ from tests.support.daemon import Daemon, wait_until
 
 INSTANCES = "/v2/vllm/instances"
 REPLY_SECONDS = 20.0
-STOP_SECONDS = 2.0
+STOP_SECONDS = 1.0
 """What the shared daemon gives an instance between SIGTERM and SIGKILL."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
-import threading
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,26 +23,27 @@ def read(daemon: Daemon, instance_id: str, wanted: str | None = None, **query: s
     return daemon.http.get(f"{INSTANCES}/{instance_id}/log", headers=headers, params=query)
 
 
-@pytest.fixture
-def quiet(shared: Daemon) -> tuple[Daemon, bytes]:
-    """A daemon with an instance, `quiet`, whose log does not grow any more; and that log."""
-    shared.create(instance_id="quiet")
-    shared.wait_state("quiet", "ready")
-    wait_until(lambda: b"GET /health" in read(shared, "quiet").content)
-    return shared, read(shared, "quiet").content
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with an instance, `quiet`, whose log grows no more, and one, `long`, with more than a reply holds."""
+    with Daemon(tmp_path_factory.mktemp("logs") / "state") as daemon:
+        daemon.wait_ready().wait_warm()
+        daemon.create(instance_id="quiet")
+        daemon.create(instance_id="long", env_vars={"BULLPEN_SIM_LOG_BYTES": str(LOG_BYTES)})
+        for name in ("quiet", "long"):
+            daemon.wait_state(name, "ready")
+        wait_until(lambda: b"GET /health" in read(daemon, "quiet").content)
+        yield daemon
 
 
 @pytest.fixture
-def long(shared: Daemon) -> Daemon:
-    """A daemon with an instance, `long`, that has more log than a reply holds."""
-    shared.create(instance_id="long", env_vars={"BULLPEN_SIM_LOG_BYTES": str(LOG_BYTES)})
-    shared.wait_state("long", "ready")
-    return shared
+def log(logs: Daemon) -> bytes:
+    """The log of `quiet`."""
+    return read(logs, "quiet").content
 
 
-def test_whole(quiet: tuple[Daemon, bytes]) -> None:
-    daemon, _ = quiet
-    reply = read(daemon, "quiet")
+def test_whole(logs: Daemon) -> None:
+    reply = read(logs, "quiet")
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/octet-stream"
     assert "content-range" not in reply.headers
@@ -63,19 +64,17 @@ def test_whole(quiet: tuple[Daemon, bytes]) -> None:
         ("bytes=003-007", 3, 7),
     ],
 )
-def test_range(quiet: tuple[Daemon, bytes], wanted: str, first: int, last: int | None) -> None:
-    daemon, log = quiet
+def test_range(logs: Daemon, log: bytes, wanted: str, first: int, last: int | None) -> None:
     end = len(log) - 1 if last is None else last
-    reply = read(daemon, "quiet", wanted)
+    reply = read(logs, "quiet", wanted)
     assert reply.status_code == 206
     assert reply.headers["content-type"] == "application/octet-stream"
     assert reply.headers["content-range"] == f"bytes {first}-{end}/{len(log)}"
     assert reply.content == log[first : end + 1]
 
 
-def test_last_byte(quiet: tuple[Daemon, bytes]) -> None:
-    daemon, log = quiet
-    reply = read(daemon, "quiet", f"bytes={len(log) - 1}-")
+def test_last_byte(logs: Daemon, log: bytes) -> None:
+    reply = read(logs, "quiet", f"bytes={len(log) - 1}-")
     assert (reply.status_code, reply.content) == (206, log[-1:])
 
 
@@ -104,19 +103,17 @@ def test_last_byte(quiet: tuple[Daemon, bytes]) -> None:
         "bytes=\u00b2-\u00b3",
     ],
 )
-def test_range_that_is_none(quiet: tuple[Daemon, bytes], wanted: str) -> None:
-    daemon, _ = quiet
-    reply = daemon.http.get(f"{INSTANCES}/quiet/log", headers=[(b"Range", wanted.encode("latin-1"))])
+def test_range_that_is_none(logs: Daemon, log: bytes, wanted: str) -> None:
+    reply = logs.http.get(f"{INSTANCES}/quiet/log", headers=[(b"Range", wanted.encode("latin-1"))])
     assert reply.status_code == 400, reply.headers
     assert "bytes=A-B" in reply.json()["detail"]
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 10**9, 10**30])
 @pytest.mark.parametrize("end", ["", "last"])
-def test_start_past_the_end(quiet: tuple[Daemon, bytes], beyond: int, end: str) -> None:
-    daemon, log = quiet
+def test_start_past_the_end(logs: Daemon, log: bytes, beyond: int, end: str) -> None:
     start = len(log) + beyond
-    reply = read(daemon, "quiet", f"bytes={start}-{start + 5 if end else ''}")
+    reply = read(logs, "quiet", f"bytes={start}-{start + 5 if end else ''}")
     assert reply.status_code == 416
     assert reply.headers["content-range"] == f"bytes */{len(log)}"
     assert reply.content == b""
@@ -125,8 +122,8 @@ def test_start_past_the_end(quiet: tuple[Daemon, bytes], beyond: int, end: str) 
 @pytest.mark.parametrize(
     "wanted", [None, "bytes=0-", "bytes=0-2097151", f"bytes=0-{LOG_BYTES}", "bytes=7-", "bytes=7-99999999"]
 )
-def test_one_mib_a_reply(long: Daemon, wanted: str | None) -> None:
-    reply = read(long, "long", wanted)
+def test_one_mib_a_reply(logs: Daemon, wanted: str | None) -> None:
+    reply = read(logs, "long", wanted)
     assert len(reply.content) == MIB
     if wanted is None:
         assert reply.status_code == 200
@@ -138,10 +135,10 @@ def test_one_mib_a_reply(long: Daemon, wanted: str | None) -> None:
         assert int(total) > LOG_BYTES
 
 
-def test_read_in_chunks_to_the_end(long: Daemon) -> None:
+def test_read_in_chunks_to_the_end(logs: Daemon) -> None:
     """As a client does that keeps its place."""
     pieces: list[bytes] = []
-    while (reply := read(long, "long", f"bytes={sum(map(len, pieces))}-")).status_code != 416:
+    while (reply := read(logs, "long", f"bytes={sum(map(len, pieces))}-")).status_code != 416:
         assert reply.status_code == 206
         pieces.append(reply.content)
     whole = b"".join(pieces)
@@ -165,8 +162,7 @@ def test_empty(shared: Daemon) -> None:
         assert reply.content == b""
 
 
-def test_holds_what_every_process_of_the_tree_wrote(quiet: tuple[Daemon, bytes]) -> None:
-    _, log = quiet
+def test_holds_what_every_process_of_the_tree_wrote(logs: Daemon, log: bytes) -> None:
     for writer in (b"(APIServer pid=", b"(EngineCore pid=", b"(Worker pid="):
         assert writer in log
 
@@ -196,19 +192,17 @@ def test_follow_to_the_end_of_the_server(shared: Daemon) -> None:
     assert b"ending with exit code 1" in followed
 
 
-def test_follow_from_a_place(quiet: tuple[Daemon, bytes]) -> None:
-    daemon, log = quiet
-    deleting = threading.Timer(0.5, lambda: daemon.delete("quiet"))
-    deleting.start()
-    followed = read(daemon, "quiet", f"bytes={len(log) - 10}-", follow="true").content
-    deleting.join()
-    assert followed.startswith(log[-10:])
+def test_follow_from_a_place(shared: Daemon) -> None:
+    shared.create(instance_id="one", env_vars={"BULLPEN_SIM_EXIT_AFTER": "0.5"})
+    wait_until(lambda: len(read(shared, "one").content) > 100)
+    followed = read(shared, "one", "bytes=100-", follow="true").content
+    assert followed == read(shared, "one").content[100:]
 
 
-def test_follow_of_a_caller_that_leaves(quiet: tuple[Daemon, bytes]) -> None:
-    daemon, log = quiet
-    address = urlsplit(daemon.url)
-    before = daemon_files(daemon)
+def test_follow_of_a_caller_that_leaves(logs: Daemon, log: bytes) -> None:
+    address = urlsplit(logs.url)
+    daemon = psutil.Process(logs.pid)
+    before = daemon.num_fds()
     for _ in range(5):
         connection = http.client.HTTPConnection(str(address.hostname), address.port)
         connection.request("GET", f"{INSTANCES}/quiet/log?follow=1")
@@ -216,8 +210,4 @@ def test_follow_of_a_caller_that_leaves(quiet: tuple[Daemon, bytes]) -> None:
         assert connection.sock is not None
         connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
-    wait_until(lambda: daemon_files(daemon) <= before)
-
-
-def daemon_files(daemon: Daemon) -> int:
-    return psutil.Process(daemon.pid).num_fds()
+    wait_until(lambda: daemon.num_fds() <= before)

@@ -155,7 +155,6 @@ def test_port_of_the_daemon_itself(shared: Daemon) -> None:
     assert shared.http.post(INSTANCES, json={"options": f"--model m --port {port}"}).status_code == 409
 
 
-@pytest.mark.xfail(reason="answered with 500 so far")
 @pytest.mark.parametrize("host", ["203.0.113.77", "not a host"])
 def test_host_that_is_not_this_one(shared: Daemon, host: str) -> None:
     (problem,) = problems(shared.http.post(INSTANCES, json={"options": f"--model m --host '{host}' --port 45678"}))

@@ -126,7 +126,6 @@ class Journal:
         rows = self._read("SELECT value FROM facts WHERE name = ?", (name,))
         return json.loads(rows[0][0]) if rows else default
 
-    @property
     def is_due(self) -> bool:
         """Whether so much was written that `checkpoint` is worth its while."""
         return self._writes >= CHECKPOINT_EVERY

@@ -311,7 +311,7 @@ class Supervisor:
             # A program that has the supervisor in a thread has children of its own.
             zygotes = {zygote.pid for zygote in self.resources.zygotes.all()}
             self.resources.trees.reap_orphans(zygotes | self._executor.children())
-        if self.resources.journal.is_due:
+        if self.resources.journal.is_due():
             await asyncio.to_thread(self.resources.journal.checkpoint)
 
     def begin_shutdown(self) -> None:

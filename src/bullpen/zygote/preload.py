@@ -39,21 +39,24 @@ Progress = Callable[[ModuleReport, int, int], None]
 """Called after each module with its report, how many are done and how many there are."""
 
 
-def import_modules(names: Sequence[str], report: PreloadReport, progress: Progress) -> None:
+def import_modules(
+    names: Sequence[str], report: PreloadReport, progress: Progress, *, before: int = 0, after: int = 0
+) -> None:
     """Import every module of ``names``; a failure is noted and does not stop the rest.
 
-    Modules that were imported as part of others are skipped without a report.
+    Modules that were imported as part of others are skipped without a report. ``before`` and ``after`` count the
+    modules of other calls, so that progress over all of them never goes back.
     """
     started = time.monotonic()
     safe = guards.reason_not_to_fork() is None
-    for number, name in enumerate(names, 1):
+    for number, name in enumerate(names, before + 1):
         if name in sys.modules:
             continue
         module = import_module(name)
         if safe and (reason := guards.reason_not_to_fork()):
             module.side_effect, safe = reason, False
         report.modules.append(module)
-        progress(module, number, len(names))
+        progress(module, number, before + len(names) + after)
     report.seconds += time.monotonic() - started
 
 

@@ -19,9 +19,11 @@ from bullpen.zygote.worlds import OptionsError, vllm_fork
 
 ENTRY_MODULES = ("torch", "vllm", "vllm.entrypoints.cli.serve")
 """Without these there is no server; a failure here breaks the zygote."""
+LIKELY_MODULES = 100
+"""How long the list of modules may turn out; it is known once vLLM has said its version."""
 MODULE_LISTS = Path(__file__).with_name("vllm_modules")
-"""What start-up imports lazily, learned for each version (``scripts/learn_modules.py``); a version without a list of its
-own uses the nearest older one, or else the oldest."""
+"""What start-up imports lazily, learned for each version (``scripts/learn_modules.py``); a version without a list of
+its own uses the nearest older one, or else the oldest."""
 
 SINGLE_THREAD_AT_IMPORT = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """Libraries that would start a pool of native threads when imported; unset again once they are."""
@@ -41,11 +43,12 @@ class VllmWorld:
     ) -> dict[str, Any]:
         """Import vLLM and everything its start-up imports lazily, and build what every server builds anew."""
         self._import_torch(report, progress)
-        import_modules(ENTRY_MODULES, report, progress)
+        import_modules(ENTRY_MODULES, report, progress, after=LIKELY_MODULES)
         broken = [module for module in report.modules if module.name in ENTRY_MODULES and module.error]
         if broken:
             raise ImportError(f"{broken[0].name} cannot be imported: {broken[0].error}")
-        import_modules(module_list(installed_version()) if modules is None else modules, report, progress)
+        names = module_list(installed_version()) if modules is None else modules
+        import_modules(names, report, progress, before=len(ENTRY_MODULES))
         self._parser = build_parser()
         vllm_fork.prepare_parent()
         for name in self.early_environment:
@@ -57,7 +60,7 @@ class VllmWorld:
         torch_report = import_module("torch")
         report.modules.append(torch_report)
         report.seconds += torch_report.seconds
-        progress(torch_report, 1, len(ENTRY_MODULES))
+        progress(torch_report, 1, len(ENTRY_MODULES) + LIKELY_MODULES)
         if torch_report.error:
             raise ImportError(f"torch cannot be imported: {torch_report.error}")
         import torch
