@@ -126,10 +126,7 @@ def shorten(names: set[str]) -> list[str]:
         "    print(name)\n"
     )
     prelude = "import torch, vllm.entrypoints.cli.serve\n"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])),
-    }
+    path = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [sys.executable, "-c", prelude + code],
         input=json.dumps(ordered),

@@ -30,7 +30,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.lists(EVENTS, max_size=60))
 def test_no_event_can_upset_the_fleet(events: list[ev.Event]) -> None:
     fleet = Fleet(gpus=GPUS)

@@ -188,4 +188,4 @@ def assert_nothing_is_left(world: World) -> None:
 
 
 TestAnythingHappens = AnythingHappens.TestCase
-TestAnythingHappens.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestAnythingHappens.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)

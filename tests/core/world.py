@@ -87,6 +87,11 @@ class Request:
     """Whether that one had ended and the fleet knew."""
 
 
+def known(instance: Instance) -> str:
+    """What a watcher must have heard of an instance: that it is there, or that its server has ended."""
+    return "CREATED" if instance.running or instance.state is State.STOPPING else "STOPPED"
+
+
 class World:
     """A daemon on a host. Its methods are what may happen."""
 
@@ -297,7 +302,7 @@ class World:
             self._adopt(replace(entry, phase_started=dict(entry.phase_started)))
         self._adopting = False
         if missed or returns:  # the watcher lists
-            self.seen = {i.id: "CREATED" if i.running else "STOPPED" for i in self.fleet.listed()}
+            self.seen = {instance.id: known(instance) for instance in self.fleet.listed()}
         self.verify()
 
     def _adopt(self, instance: Instance) -> None:
@@ -414,11 +419,11 @@ class World:
             self.deleted.add(instance.key)
         if not self._adopting:
             before = self.seen.pop(instance.id, None)
-            assert (
-                before in {"CREATED": (None,), "STOPPED": ("CREATED",), "DELETED": ("CREATED", "STOPPED")}[effect.kind]
-            )
+            follows = {"CREATED": (None,), "STOPPED": ("CREATED",), "DELETED": ("CREATED", "STOPPED")}
+            assert before in follows[effect.kind]
         if effect.kind != "DELETED":
-            self.seen[instance.id] = effect.kind
+            self.seen[instance.id] = known(instance)
+            assert effect.kind == "CREATED" or self.seen[instance.id] == "STOPPED"
         if not self.disk_full:
             self.logged_revision = instance.revision
 
@@ -480,8 +485,7 @@ class World:
         listed = {instance.id: instance for instance in self.fleet.listed()}
         assert set(self.seen) == set(listed), "a watcher knows other instances than the list has"
         for instance_id, instance in listed.items():
-            over = not instance.running and instance.state is not State.STOPPING
-            assert self.seen[instance_id] == ("STOPPED" if over else "CREATED") or instance.error is not None
+            assert self.seen[instance_id] == known(instance)
 
     def _verify_instance(self, instance: Instance) -> None:
         handle = self.handles.get(instance.id)

@@ -166,7 +166,7 @@ def test_another_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"no database, but long enough to look at" * 100, b"SQLite format 3\0" + b"x" * 5000])
+@pytest.mark.parametrize("content", [b"no database at all" * 200, b"SQLite format 3\0" + b"x" * 5000])
 def test_a_damaged_file_is_said_to_be(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(StateError, match=r"the journal .*j is damaged: .*; move it away"):

@@ -309,11 +309,9 @@ def test_key_under_its_other_name(start_daemon: Callable[..., Daemon]) -> None:
     assert daemon.http.get(INSTANCES, headers={"Authorization": "Bearer k"}).status_code == 200
 
 
-def test_key_is_never_inherited_by_an_engine(start_daemon: Callable[..., Daemon]) -> None:
-    daemon = start_daemon(access_key="never-inherited")
-    daemon.http.headers["Authorization"] = "Bearer never-inherited"
-    daemon.wait_warm()
-    zygote = daemon.http.get("/ready").json()["zygotes"][0]["pid"]
-    server = daemon.create()["pid"]
+def test_key_is_never_inherited_by_an_engine(locked: Daemon) -> None:
+    zygote = locked.http.get("/ready").json()["zygotes"][0]["pid"]
+    server = locked.create(instance_id="one")["pid"]
     for pid in (zygote, server):
-        assert b"never-inherited" not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert KEY.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
+    locked.delete("one")

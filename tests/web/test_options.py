@@ -135,7 +135,9 @@ def test_port_of_an_instance_that_ended_is_free(shared: Daemon) -> None:
     port = unused_port()
     shared.create(f"--model m --port {port}", instance_id="first", env_vars={"BULLPEN_SIM_EXIT_AFTER": "0.05"})
     shared.wait_state("first", "failed")
-    shared.create(f"--model m --port {port}", instance_id="second")
+    body = {"options": f"--model m --port {port}"}
+    # Free as soon as the last process of its tree is gone, which may be a moment later.
+    wait_until(lambda: shared.http.put(f"{INSTANCES}/second", json=body).status_code == 201)
     shared.wait_state("second", "ready")
 
 

@@ -206,6 +206,9 @@ def test_a_thousand_events_are_kept_and_the_rest_is_gone() -> None:
 
 def test_counter_goes_on_after_a_graceful_end(start_daemon: Callable[..., Daemon]) -> None:
     first = start_daemon().wait_warm()
+    assert revision(first) == 0, "a new state directory begins anew"
+    with watching(first, since=0):
+        assert first.http.get(WATCH, params={"since": 1}).status_code == 410
     first.create(instance_id="a")
     first.create(instance_id="b")
     first.delete("a")
@@ -240,11 +243,3 @@ def test_counter_goes_on_after_a_kill(
         second.delete("a")
         assert summary([watch.next()]) == [("DELETED", "a", 4)]
     assert not lives(alive)
-
-
-def test_new_state_directory_begins_anew(start_daemon: Callable[..., Daemon]) -> None:
-    daemon = start_daemon()
-    assert revision(daemon) == 0
-    with watching(daemon, since=0):
-        pass
-    assert daemon.http.get(WATCH, params={"since": 1}).status_code == 410

@@ -39,6 +39,7 @@ def public(instance: Instance, word: str | None = None) -> dict[str, Any]:
         "start": instance.how,
         "created_at": timestamp(instance.created_at),
         "ready_at": timestamp(instance.ready_at),
+        "waited_seconds": waited_seconds(instance),
         "phases": phase_seconds(instance),
     }
     if instance.state is State.STARTING:
@@ -48,6 +49,12 @@ def public(instance: Instance, word: str | None = None) -> dict[str, Any]:
     if instance.error is not None:
         document["error"] = {"class": str(instance.error.kind), "message": instance.error.message}
     return document
+
+
+def waited_seconds(instance: Instance) -> float | None:
+    """From the request until its process became the server: long where the engine was still being imported."""
+    started = instance.phase_started.get("start")
+    return None if started is None else round(max(0.0, started - instance.created_at), 3)
 
 
 def phase_seconds(instance: Instance) -> dict[str, float]:

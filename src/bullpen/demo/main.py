@@ -31,6 +31,7 @@ from bullpen.errors import BullpenError
 from bullpen.node import settings
 
 INTERRUPTED = 130
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 NEXT = (
     ("bullpen serve", "start the daemon; http://127.0.0.1:8001/docs has its API"),
@@ -207,15 +208,16 @@ def end(report: Report, daemon: Daemon, started: Sequence[Started]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM end the demo as Ctrl-C does: in order, with everything stopped."""
+    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does: in order, with everything stopped."""
+    heard = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         # Once: what is being stopped shall not be left half stopped by a second, impatient one.
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in heard:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -67,7 +68,7 @@ class Report:
         """A step that went right."""
         self._row("[green]✓[/]", label, text, "" if seconds is None else duration(seconds))
 
-    def _row(self, mark: str, label: str, text: str | Text, right: str = "") -> None:
+    def _row(self, mark: str, label: str, text: RenderableType, right: str = "") -> None:
         grid = Table.grid(padding=(0, 1))
         grid.width = self._width
         grid.add_column(width=1)
@@ -85,7 +86,7 @@ class Report:
         """An instance that is ready, with the seconds at which its phases began."""
         self.done(started.name, "created over REST, to its first token", started.first_token)
         phases = [(name.replace("_", " "), at) for name, at in started.instance.phases.items() if name != "start"]
-        self._row("", "", Text(" · ".join(f"{name} {at:.2f}" for name, at in phases), "dim"))
+        self._row("", "", Columns([Text(f"{name} {at:.2f}", "dim") for name, at in phases], padding=(0, 3)))
 
     def answer(self, model: str, answer: Answer) -> None:
         """A completion."""
@@ -138,7 +139,7 @@ class Report:
             row = (f"{one.name} to its first token", duration(cold.first_token), duration(one.first_token), ratio)
             table.add_row(*row)
         ratio = f"{cold.memory / further:.1f} to 1"
-        table.add_row("memory of a further server", f"{megabytes(cold.memory)} MB", f"{megabytes(further)} MB", ratio)
+        table.add_row("host memory of a further one", f"{megabytes(cold.memory)} MB", f"{megabytes(further)} MB", ratio)
         self._print(table)
 
     def _table(self, title: str) -> Table:
@@ -161,7 +162,7 @@ class Report:
 
     def failed(self, problem: str) -> None:
         """A step that went wrong."""
-        self.console.print(Text.assemble(("✗ ", "red"), problem))
+        self.console.print(Text.assemble(("✗ ", "red"), problem), soft_wrap=True)
 
 
 def branches(depths: Sequence[int]) -> list[str]:

@@ -88,7 +88,7 @@ def writable_root(name: str) -> Path | None:
         mounts, groups = MOUNTS.read_text().splitlines(), OWN.read_text().splitlines()
     except OSError:
         return None
-    mount = next((Path(line.split()[1]) for line in mounts if line.split()[2] == "cgroup2"), None)
+    mount = next((Path(words[1]) for line in mounts if (words := line.split())[2:3] == ["cgroup2"]), None)
     own = next((line[3:] for line in groups if line.startswith("0::")), None)
     # A path that climbs lies outside what this container may see.
     if mount is None or own is None or ".." in own:

@@ -12,10 +12,11 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from bullpen.node import shared_memory
 from bullpen.node.cgroups import Cgroups
@@ -44,6 +45,10 @@ class Process:
         """Whether nothing of it runs. Where only the main thread has ended, the process looks like a zombie and is
         none."""
         return self.state in "ZX" and self.threads <= 1
+
+    def is_same(self, other: Process | None) -> bool:
+        """Whether the other one is this process, now or earlier, and no later one of the same number."""
+        return other is not None and (other.pid, other.start_ticks) == (self.pid, self.start_ticks)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def read_processes() -> dict[int, Process]:
     Raises:
         OSError: they cannot be listed.
     """
-    pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
+    # The newest first: one that forks and ends all the time is gone a moment after it was listed.
+    pids = sorted((int(name) for name in os.listdir("/proc") if name.isdecimal()), reverse=True)
     return {process.pid: process for process in map(read_process, pids) if process is not None}
 
 
@@ -137,6 +143,20 @@ def members(tree: Tree, scan: Scan, in_cgroup: Iterable[int], by_log: bool) -> l
                 queue.append(child)
     found.discard(os.getpid())
     return [scan.processes[pid] for pid in sorted(found)]
+
+
+def may_hide(tree: Tree, scan: Scan, before: Scan | None) -> bool:
+    """Whether somebody of the group that the server led may live although a scan shows nobody alive.
+
+    Processes that fork and end faster than a scan can look at them are seen by none; but the kernel knows the group,
+    and the zombies that they leave in it change from scan to scan.
+    """
+    try:
+        os.killpg(tree.leader, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    dead = scan.groups.get(tree.leader)
+    return not dead or before is None or dead != before.groups.get(tree.leader)
 
 
 def own_groups(pids: Collection[int], scan: Scan) -> list[int]:
@@ -185,8 +205,11 @@ class Trees:
         """
         return self._living(tree, await self._scanner.scan())
 
-    def _living(self, tree: Tree, scan: Scan) -> list[Process]:
-        found = members(tree, scan, self._cgroups.pids(tree.key), by_log=not self._cgroups.available)
+    def _living(self, tree: Tree, scan: Scan, known: Mapping[int, Process] = MappingProxyType({})) -> list[Process]:
+        """The living ones, those included that were known before and have shed every mark since."""
+        same = [pid for pid, process in known.items() if process.is_same(scan.processes.get(pid))]
+        in_cgroup = self._cgroups.pids(tree.key)
+        found = members(tree, scan, [*same, *in_cgroup], by_log=not self._cgroups.available)
         for process in found:
             if process.is_dead and process.parent == os.getpid() and process.pid != tree.leader:
                 reap(process.pid)  # an orphan of the tree; the server's own status is read elsewhere
@@ -215,15 +238,22 @@ class Trees:
         end = time.monotonic() + deadline
         pause = FIRST_PAUSE
         files = set(shared)
-        seen: set[int] = set()
+        seen: dict[int, Process] = {}
+        latest: Scan | None = None
         while True:
             try:
                 scan = await self._scanner.scan()
-                alive = self._living(tree, scan)
+                alive = self._living(tree, scan, seen)
             except OSError:
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(LONGEST_PAUSE)
+                continue
+            before, latest = latest, scan
+            if not alive and may_hide(tree, scan, before):
+                if time.monotonic() > end:
+                    return [Process(tree.leader, 0, tree.leader, tree.start_ticks, "?", "seen by no scan")]
+                await asyncio.sleep(FIRST_PAUSE)
                 continue
             if not alive:
                 if files:
@@ -234,12 +264,12 @@ class Trees:
             pids = {process.pid for process in alive}
             # One that forks faster than we scan is caught with its group, which the kernel kills at one stroke.
             groups = own_groups(pids, scan) if seen else []
-            new = pids - seen
+            new = pids - seen.keys()
             files |= await asyncio.to_thread(shared_memory.mapped_by, new)
             self._kill_once(tree, alive, groups)
             await asyncio.sleep(pause)
             pause = FIRST_PAUSE if new and seen else min(pause * 2, LONGEST_PAUSE)
-            seen |= new
+            seen |= {process.pid: process for process in alive}
 
     def _kill_once(self, tree: Tree, alive: list[Process], groups: list[int]) -> None:
         self._cgroups.kill(tree.key)
@@ -275,8 +305,7 @@ def kill_process(process: Process) -> None:
     except OSError:
         return  # it is gone; or no descriptor is left, and the next round tries again
     try:
-        now = read_process(process.pid)
-        if now is not None and now.start_ticks == process.start_ticks:
+        if process.is_same(read_process(process.pid)):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except OSError:
         pass

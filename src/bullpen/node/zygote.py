@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from bullpen.errors import LaunchError
 from bullpen.node.packets import ANSWER_SECONDS, PacketStream, close_all
 from bullpen.zygote import boot, protocol
 from bullpen.zygote.server import listen
+
+logger = logging.getLogger("bullpen")
 
 WARM_SECONDS = 900.0
 """How long a create waits for its engine to be imported; a cold disk and a big image take minutes."""
@@ -240,6 +243,8 @@ class Zygote:
             LaunchError: none can be had.
         """
         self.waiting += 1
+        if self.warmth.state == "warming":
+            logger.info("a create waits: engine %s is still being imported", self.command.engine)
         try:
             await self.wait_until_warm()
             return await self._lease()

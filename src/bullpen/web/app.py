@@ -71,17 +71,18 @@ def ending_streams_on_signal(supervisor: Supervisor) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def end_streams(number: int, frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(supervisor.begin_shutdown)
-        if callable(before[number]):
-            before[number](number, frame)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, end_streams)
+    for caught in (signal.SIGTERM, signal.SIGINT):
+        before[caught] = signal.signal(caught, end_streams)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

@@ -15,13 +15,8 @@ from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, Not
 from bullpen.node.bus import RevisionGoneError
 from bullpen.web import models
 
-STATUS: Mapping[type[BullpenError], int] = {
-    InvalidRequestError: 422,
-    ConflictError: 409,
-    NotFoundError: 404,
-    RevisionGoneError: 410,
-}
-"""All others are 500: a `LaunchError`, a `StuckError`, a `StateError`."""
+STATUS: Mapping[type[BullpenError], int] = {ConflictError: 409, NotFoundError: 404, RevisionGoneError: 410}
+"""An `InvalidRequestError` is 422, with its place; all others are 500: `LaunchError`, `StuckError`, `StateError`."""
 
 MEANING = {
     400: "the request cannot be read",
@@ -29,7 +24,7 @@ MEANING = {
     409: "id, port or GPU belongs to another instance, which is named",
     410: "the events after that revision are not kept any more, or have not happened",
     416: "the log is not that long",
-    422: "body, options or id can never work",
+    422: "the request can never work; what is wrong with it is named, never quoted",
     500: "no process could be made",
 }
 
@@ -53,7 +48,7 @@ async def on_bullpen_error(request: Request, error: Exception) -> JSONResponse:
 async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     """Answer with what is wrong and where, never with the input: it may hold a secret, or no valid Unicode."""
     assert isinstance(error, RequestValidationError)
-    return problems([{"type": one["type"], "loc": one["loc"], "msg": one["msg"]} for one in error.errors()])
+    return problems(error.errors())
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -65,7 +60,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def problems(found: Sequence[Mapping[str, Any]]) -> JSONResponse:
-    """A 422; place names come from the request, so they are made plain."""
+    """A 422 with these three facts of each problem; names in ``loc`` come from the request and may be any text."""
     detail = [
         {
             "type": one["type"],

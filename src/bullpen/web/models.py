@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 EXAMPLE_ID = "a1b2c3d4-e5f6-7890-abcd-ef1234567890"
-EXAMPLE_CONFIG = {
+EXAMPLE_V1_CONFIG: JsonDict = {
+    "options": "--model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --port 8005",
+    "env_vars": {"VLLM_USE_V1": "1", "VLLM_LOGGING_LEVEL": "DEBUG"},
+}
+EXAMPLE_CONFIG: JsonDict = {
     "options": "--model facebook/opt-125m --port 8000",
     "env_vars": {"VLLM_LOGGING_LEVEL": "DEBUG"},
     "annotations": {"team": "search"},
 }
-EXAMPLE_INSTANCE = {
+EXAMPLE_INSTANCE: JsonDict = {
     "status": "running",
     "instance_id": EXAMPLE_ID,
     "revision": 7,
@@ -26,21 +31,29 @@ EXAMPLE_INSTANCE = {
     "start": "spare",
     "created_at": "2026-11-20T09:00:00.000+00:00",
     "ready_at": "2026-11-20T09:00:00.412+00:00",
+    "waited_seconds": 0.014,
     "phases": {"start": 0.0, "configuration": 0.05, "weights": 0.2, "bind": 0.35, "ready": 0.41},
 }
 
 
-class VllmConfig(BaseModel):
-    """What to run: vLLM's command line, its environment, its GPUs."""
+class V1Config(BaseModel):
+    """What to run, as the one-instance API has it."""
 
     model_config = ConfigDict(
-        extra="forbid", hide_input_in_errors=True, json_schema_extra={"examples": [EXAMPLE_CONFIG]}
+        extra="forbid", hide_input_in_errors=True, json_schema_extra={"examples": [EXAMPLE_V1_CONFIG]}
     )
 
     options: str = Field(description="`vllm serve`'s command line, split as a POSIX shell splits words")
     env_vars: dict[str, str | bool | int | float] | None = Field(
         None, description="environment of the server; numbers and booleans are taken as their JSON text"
     )
+
+
+class VllmConfig(V1Config):
+    """What to run: vLLM's command line, its environment, its GPUs."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_CONFIG]})
+
     gpu_uuids: list[str] | None = Field(
         None, description="GPUs that the instance claims, by UUID; none given: none claimed"
     )
@@ -50,30 +63,8 @@ class VllmConfig(BaseModel):
     )
 
 
-class V1Config(BaseModel):
-    """What to run, as the one-instance API has it."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        hide_input_in_errors=True,
-        json_schema_extra={
-            "examples": [
-                {
-                    "options": "--model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --port 8005",
-                    "env_vars": {"VLLM_USE_V1": "1", "VLLM_LOGGING_LEVEL": "DEBUG"},
-                }
-            ]
-        },
-    )
-
-    options: str = Field(description="`vllm serve`'s command line")
-    env_vars: dict[str, str | bool | int | float] | None = Field(None, description="environment of the server")
-
-
 class InstanceError(BaseModel):
     """Why an instance ended."""
-
-    model_config = ConfigDict(populate_by_name=True)
 
     kind: str = Field(alias="class", description="a stable word, such as `out_of_memory`")
     message: str = Field(description="one sentence: what happened, and the way out")
@@ -102,6 +93,9 @@ class Instance(BaseModel):
     )
     created_at: str
     ready_at: str | None = None
+    waited_seconds: float | None = Field(
+        None, description="from the request to the start of its process: long where the engine was still being imported"
+    )
     phases: dict[str, float] = Field({}, description="when each phase of the start began, in seconds")
     phase: str | None = Field(None, description="while it starts: what it is doing")
     progress: float | None = Field(None, ge=0, le=1, description="while it starts: how far it is")

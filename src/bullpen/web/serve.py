@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -59,7 +59,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as problem:
         listener.close()
         raise StateError(
-            f"cannot listen on {host}:{port}: {problem.strerror}; choose another --host or --port, or end the program there"
+            f"cannot listen on {host}:{port}: {problem.strerror};"
+            " choose another --host or --port, or end the program there"
         ) from problem
     return listener
 
@@ -68,7 +69,7 @@ async def run(settings: Settings, listener: socket.socket) -> int:
     """Serve on a socket, from the supervisor's start to its end."""
     supervisor = Supervisor(settings)
     await supervisor.start()
-    leave_key(supervisor, settings)
+    leave_key(settings)
     server = Server(settings, supervisor)
     warm = asyncio.ensure_future(announce_warm(supervisor))
     try:
@@ -81,11 +82,10 @@ async def run(settings: Settings, listener: socket.socket) -> int:
     return 0
 
 
-def leave_key(supervisor: Supervisor, settings: Settings) -> None:
+def leave_key(settings: Settings) -> None:
     """Leave the key in the state directory, for the commands of the same user on this host."""
     path = settings.state_dir / "access_key"
-    with suppress(FileNotFoundError):
-        path.unlink()
+    path.unlink(missing_ok=True)
     if settings.access_key:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         os.write(descriptor, settings.access_key.encode())
