@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from bullpen.core.public import public
+from bullpen.errors import StateError
 from bullpen.node.settings import Settings, load
 from bullpen.node.supervisor import Supervisor
 from bullpen.web.models import VllmConfig
@@ -57,6 +58,9 @@ class VllmMultiProcessManager:
             raise
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise StateError("this manager is closed; make a new one")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _on_loop(self, function: Any, *arguments: Any) -> Any:
@@ -190,7 +194,6 @@ def __getattr__(name: str) -> Any:
 if __name__ == "__main__":
     import sys
 
-    from bullpen.errors import StateError
     from bullpen.web.serve import serve
 
     try:

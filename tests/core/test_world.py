@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from bullpen.core.effects import HoldPort
-from tests.core.world import FIRST_PORT, FOREIGN_PORT, GPUS, START_TIMEOUT, DaemonKilledError, Handle, Task, Wish, World
+from tests.core.host import Handle, Task, Wish
+from tests.core.world import FIRST_PORT, FOREIGN_PORT, GPUS, START_TIMEOUT, DaemonKilledError, World
 
 T = TypeVar("T")
 

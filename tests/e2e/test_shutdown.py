@@ -38,7 +38,11 @@ def test_nothing_is_left(start_daemon: Callable[..., Daemon], number: signal.Sig
     daemon.wait_state("stubborn", "ready")
     zygote = daemon.http.get("/ready").json()["zygotes"][0]["pid"]
     opened = threading.Semaphore(0)
-    streams = ["/v2/vllm/instances/watch", "/v2/vllm/instances/watch?events=all", "/v2/vllm/instances/stubborn/log?follow=true"]
+    streams = [
+        "/v2/vllm/instances/watch",
+        "/v2/vllm/instances/watch?events=all",
+        "/v2/vllm/instances/stubborn/log?follow=true",
+    ]
     ended = [threading.Event() for _ in streams]
     for path, event in zip(streams, ended, strict=True):
         threading.Thread(target=read_to_end, args=(daemon.url, path, event, opened), daemon=True).start()
@@ -95,7 +99,9 @@ def test_a_create_that_waits_is_answered(start_daemon: Callable[..., Daemon]) ->
     outcome: list[int] = []
 
     def create() -> None:
-        outcome.append(httpx.post(f"{daemon.url}/v2/vllm/instances", json={"options": "--model m"}, timeout=60).status_code)
+        outcome.append(
+            httpx.post(f"{daemon.url}/v2/vllm/instances", json={"options": "--model m"}, timeout=60).status_code
+        )
 
     caller = threading.Thread(target=create)
     caller.start()

@@ -30,7 +30,10 @@ def torment(daemon: Daemon, seed: int) -> str | None:
     if dice.random() < 0.2:
         variables["BULLPEN_SIM_FAIL"] = "start"
     if dice.random() < 0.3:
-        variables |= {"BULLPEN_SIM_EXIT_AFTER": round(dice.uniform(0, 0.4), 3), "BULLPEN_SIM_EXIT_CODE": dice.choice([0, 1, 7])}
+        variables |= {
+            "BULLPEN_SIM_EXIT_AFTER": round(dice.uniform(0, 0.4), 3),
+            "BULLPEN_SIM_EXIT_CODE": dice.choice([0, 1, 7]),
+        }
     name = f"torment-{seed}"
     pid = daemon.create(instance_id=name, env_vars=variables)["pid"]
     time.sleep(dice.choice([0, 0, dice.uniform(0, 0.5)]))

@@ -175,7 +175,6 @@ def test_context_stops_what_it_started_after_an_error(tmp_path: Path) -> None:
     assert not is_alive(pid)
 
 
-@pytest.mark.xfail(reason="raises asyncio's own error so far")
 def test_manager_that_is_closed_says_so(tmp_path: Path) -> None:
     with VllmMultiProcessManager("sim", tmp_path) as manager:
         pass
@@ -188,7 +187,6 @@ def test_state_directory_of_a_running_daemon(daemon: Daemon) -> None:
         VllmMultiProcessManager("sim", daemon.state_dir)
 
 
-@pytest.mark.xfail(reason="the folder for sockets beside a state directory with a long path is left behind")
 def test_in_a_script(tmp_path: Path) -> None:
     """Without a state directory, and without any setting: what is left is nothing."""
     script = """

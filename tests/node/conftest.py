@@ -24,11 +24,11 @@ SECONDS = 20.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def wait_for(probe: Callable[[], T | None], seconds: float = SECONDS) -> T:
-    """Call ``probe`` until it returns something true, and return that."""
-    deadline = time.monotonic() + seconds
+def wait_for(probe: Callable[[], T | None], what: Callable[[], object] = str) -> T:
+    """Call ``probe`` until it returns something true, and return that; ``what`` says more where it never does."""
+    deadline = time.monotonic() + SECONDS
     while not (value := probe()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        assert time.monotonic() < deadline, f"waited {SECONDS} s in vain: {what()}"
         time.sleep(0.005)
     return value
 
@@ -65,7 +65,7 @@ class Servers:
             found = [int(word) for word in tree.log.read_text().split() if word.isdecimal()]
             return found if len(found) >= count else None
 
-        return wait_for(whole)
+        return wait_for(whole, tree.log.read_text)
 
     def end(self) -> None:
         for process in self._started:

@@ -88,9 +88,7 @@ def test_a_server_that_is_not_in_its_group_makes_them_untrusted(hierarchy: Path)
     ],
     ids=["none", "version 1", "no own", "outside", "gone"],
 )
-def test_where_there_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: str, own: str
-) -> None:
+def test_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: str, own: str) -> None:
     (tmp_path / "outside").mkdir()
     describe(monkeypatch, tmp_path, mounts.format(folder=tmp_path / "mount"), own)
     cgroups = Cgroups("x")

@@ -111,7 +111,7 @@ def test_a_link_in_place_of_the_folder_for_sockets_is_a_trick(tmp_path: Path, sh
     """Its name can be known ahead, and anyone may write to the system's temporary folder."""
     state = StateDir(tmp_path / ("long" * 20))
     state.close()
-    state.sockets.rmdir()
+    assert not state.sockets.exists(), "it goes with the daemon"
     precious = tmp_path / "precious"
     precious.mkdir()
     precious.chmod(0o755)
@@ -127,6 +127,7 @@ def test_a_link_in_place_of_the_folder_for_sockets_is_a_trick(tmp_path: Path, sh
 def test_somebody_elses_folder_for_sockets_is_refused(tmp_path: Path, short_temporary: Path) -> None:
     state = StateDir(tmp_path / ("long" * 20))
     state.close()
+    state.sockets.mkdir()
     os.chown(state.sockets, 12345, -1)
     with pytest.raises(StateError, match="is not a folder of yours; remove it, or give another --state-dir"):
         StateDir(tmp_path / ("long" * 20))

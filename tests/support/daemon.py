@@ -88,8 +88,10 @@ class Daemon:
         deadline = time.monotonic() + seconds
         while True:
             try:
-                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                line = self.lines.get(timeout=0.1)
             except queue.Empty:
+                if time.monotonic() < deadline and self.process.poll() is None:
+                    continue
                 raise AssertionError(f"no line with {text!r} in:\n{''.join(self.output)}") from None
             if text in line:
                 return line

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import psutil
@@ -184,6 +186,18 @@ async def test_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(await asyncio.wait_for(anext(coarse), 5))["type"] == "CREATED", "no heartbeat comes before it"
 
 
+async def test_heartbeat_comes_while_much_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus, "HEARTBEAT_SECONDS", 0.1)
+    events = bus.Bus()
+    fine = events.subscribe([], fine=True)
+    kinds = []
+    for _ in range(50):
+        events.publish_fine("STATE", {"revision": 0})
+        kinds.append(json.loads(await asyncio.wait_for(anext(fine), 5))["type"])
+        await asyncio.sleep(0.01)
+    assert "HEARTBEAT" in kinds
+
+
 @pytest.mark.slow
 def test_heartbeat_over_the_wire(shared: Daemon) -> None:
     with watching(shared, events="all") as watch:
@@ -222,6 +236,23 @@ def test_counter_goes_on_after_a_graceful_end(start_daemon: Callable[..., Daemon
         second.create(instance_id="c")
         assert summary([watch.next()]) == [("CREATED", "c", 5)]
     assert second.http.get(WATCH, params={"since": 6}).status_code == 410
+
+
+def test_since_that_is_too_old(start_daemon: Callable[..., Daemon]) -> None:
+    """The events before it are no longer in the journal, as they are after some thousand more."""
+    first = start_daemon().wait_warm()
+    for name in ("a", "b", "c"):
+        first.create(instance_id=name)
+    assert first.end() == 0
+    with closing(sqlite3.connect(first.state_dir / "journal.sqlite")) as journal, journal:
+        journal.execute("DELETE FROM events WHERE revision <= 2")
+    second = start_daemon(first.state_dir)
+    for since in (0, 1):
+        reply = second.http.get(WATCH, params={"since": since})
+        assert reply.status_code == 410
+        assert "list, then watch" in reply.json()["detail"]
+    with watching(second, since=2) as watch:
+        assert summary([watch.next()]) == [("CREATED", "c", 3)]
 
 
 def test_counter_goes_on_after_a_kill(

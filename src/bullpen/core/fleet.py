@@ -331,7 +331,7 @@ class Fleet:
         timer = fx.SetTimer(event.id, STOP_TIMER, event.timeout)
         if instance.state is State.STOPPING:
             if pending.kill_at is None or kill_at >= pending.kill_at:
-                return []
+                return []  # it is being killed, or will be earlier
             pending.kill_at = kill_at
             return [timer]
         pending.kill_at = kill_at

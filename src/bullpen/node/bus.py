@@ -101,11 +101,14 @@ class Bus:
         return self._stream(watcher)
 
     async def _stream(self, watcher: Watcher) -> AsyncIterator[str]:
+        loop = asyncio.get_running_loop()
+        heartbeat = loop.time() + HEARTBEAT_SECONDS
         try:
             while True:
                 try:
-                    line = await asyncio.wait_for(watcher.lines.get(), HEARTBEAT_SECONDS)
+                    line = await asyncio.wait_for(watcher.lines.get(), heartbeat - loop.time())
                 except TimeoutError:
+                    heartbeat = loop.time() + HEARTBEAT_SECONDS
                     if not watcher.fine:
                         continue
                     line = encode("HEARTBEAT", {"revision": self.revision})

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from bullpen.errors import StateError
@@ -100,7 +101,18 @@ class StateDir:
         """Remove an instance's folder."""
         shutil.rmtree(self.instance_folder(key), ignore_errors=True)
 
+    def leave_key(self, key: str | None) -> None:
+        """Leave the key for the commands of the same user on this host; what an earlier daemon left goes."""
+        self.access_key.unlink(missing_ok=True)
+        if key:
+            descriptor = os.open(self.access_key, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            os.write(descriptor, key.encode())
+            os.close(descriptor)
+
     def close(self) -> None:
-        """Let another daemon have it."""
+        """Let another daemon have it; what only a running one means is removed."""
+        self.access_key.unlink(missing_ok=True)
+        with suppress(OSError):  # servers that were kept have folders in there
+            self.sockets.rmdir()
         os.ftruncate(self._lock, 0)
         os.close(self._lock)

@@ -90,6 +90,7 @@ class Supervisor:
             StateError: the state directory or the accelerators cannot be used.
         """
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._state.leave_key(self.settings.access_key)
         zygotes = self._make_zygotes()
         with suppress(LaunchError):
             zygotes.get(self.engine, {})
@@ -148,10 +149,19 @@ class Supervisor:
         self._handling = True
         try:
             while self._events:
-                effects = self.fleet.handle(self._events.popleft(), time.time())
-                self._executor.carry_out(effects)
+                self._handle(self._events.popleft())
         finally:
             self._handling = False
+
+    def _handle(self, event: ev.Event) -> None:
+        try:
+            self._executor.carry_out(self.fleet.handle(event, time.time()))
+        except Exception as problem:
+            # The event's own effects may be half done; the others must go on, and the caller must hear something.
+            logger.exception("handling %s failed; this is a bug in Bullpen", type(event).__name__)
+            if isinstance(event, ev.Create | ev.Stop):
+                error = LaunchError(f"this failed inside Bullpen ({type(problem).__name__}); its log has more")
+                self._answer(fx.Reply(event.request, error=error))
 
     def _answer(self, reply: fx.Reply) -> None:
         waiting = self._waiting.pop(reply.request, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -69,7 +68,6 @@ async def run(settings: Settings, listener: socket.socket) -> int:
     """Serve on a socket, from the supervisor's start to its end."""
     supervisor = Supervisor(settings)
     await supervisor.start()
-    leave_key(settings)
     server = Server(settings, supervisor)
     warm = asyncio.ensure_future(announce_warm(supervisor))
     try:
@@ -77,19 +75,8 @@ async def run(settings: Settings, listener: socket.socket) -> int:
     finally:
         warm.cancel()
         await supervisor.close()
-        for name in ("access_key", "url"):
-            (settings.state_dir / name).unlink(missing_ok=True)
+        (settings.state_dir / "url").unlink(missing_ok=True)
     return 0
-
-
-def leave_key(settings: Settings) -> None:
-    """Leave the key in the state directory, for the commands of the same user on this host."""
-    path = settings.state_dir / "access_key"
-    path.unlink(missing_ok=True)
-    if settings.access_key:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        os.write(descriptor, settings.access_key.encode())
-        os.close(descriptor)
 
 
 async def announce_warm(supervisor: Supervisor) -> None:
