@@ -20,9 +20,9 @@ and then two; then, with those gone, Bullpen's zygote with its spare and 0 to {c
 what the total grows by with it, so what it shares with the others costs nothing, on both sides. *Private* pages are
 those that one process alone has mapped.
 
-Weights ({weights}) are the model's files. How much of the KV cache (64 MiB) is really there is measured by one more
-instance with four times as much: {touched:.0%} of what is added. Both are taken off each further server before the
-ratio is made."""
+Weights ({weights}) are the model's files. How much of the KV cache (64 MiB) is really in memory is measured with one
+more instance that has four times as much: {touched:.0%}. Both are taken off each further server before the ratio is
+made."""
 
 LIMIT = 3
 """How many times smaller a further instance must be than a further server started separately."""
@@ -132,7 +132,7 @@ def report(cold: list[Memory], warm: list[Memory], weights: int, touched: float)
     even = break_even(cold, warm)
     note = (
         "Private memory falls where the newcomer shares pages that one process had to itself."
-        f" With its zygote and spare counted, Bullpen needs less in total from {even} servers on."
+        f" With its zygote and spare counted, Bullpen needs less in total from {so_many(even, 'server')} on."
     )
     return Result(
         TITLE,
@@ -158,6 +158,11 @@ def report(cold: list[Memory], warm: list[Memory], weights: int, touched: float)
 def row(what: str, total: Memory, added: Memory, excluded: float) -> list[str]:
     """One line of the table."""
     return [what, str(total.processes), mib(total.pss), mib(added.pss), mib(added.private), mib(added.pss - excluded)]
+
+
+def so_many(number: int, what: str) -> str:
+    """So many of something, in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def break_even(cold: list[Memory], warm: list[Memory]) -> int:

@@ -14,8 +14,9 @@ from bench.common import Goal, Options, Progress, Result, Table, median, ratio, 
 
 TITLE = "Start: from the request to the first token"
 METHOD = """\
-The same tiny Llama (two layers, random weights), the same options (`{options}`), the same prompt, three ways to start
-vLLM, one after the other in each round and never two at a time:
+The same tiny Llama (two layers, random weights), the same prompt and the same options
+(`{options}`).
+Three ways to start vLLM, one after the other in each round and never two at a time:
 
 - **cold**: `vllm serve`, timed from the start of the process;
 - **fork after import**: a parent has vLLM imported and forks the server with `multiprocessing`; vLLM's own defaults

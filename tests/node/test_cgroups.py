@@ -114,7 +114,7 @@ def test_a_real_one_is_left_by_nobody(servers: Servers, real_cgroups: Cgroups, t
         f"open('{group}/cgroup.procs', 'w').write('0')\n"
         "import os, time\n"
         "if os.fork() == 0:\n    os.setsid()\n"
-        "print(os.getpid(), flush=True); time.sleep(60)"
+        "os.write(1, str(os.getpid()).encode() + bytes([10])); time.sleep(60)"
     )
     pids = servers.pids(tree, 2)
     assert sorted(real_cgroups.pids("key")) == sorted(pids)

@@ -116,7 +116,7 @@ def test_a_process_as_it_is(servers: Servers) -> None:
     odd = "a) R (b"
     tree, server = servers.start(
         f"import ctypes, os, time; ctypes.CDLL(None).prctl(15, {odd.encode()!r}, 0, 0, 0)\n"
-        "print(os.getpid(), flush=True); time.sleep(60)"
+        "os.write(1, str(os.getpid()).encode() + bytes([10])); time.sleep(60)"
     )
     servers.pids(tree, 1)
     seen = wait_for(lambda: one if (one := read_process(server.pid)) and one.state == "S" else None)
@@ -185,14 +185,14 @@ async def test_scans_are_shared_and_never_older_than_the_question(monkeypatch: p
 
 # -- ending them -------------------------------------------------------------------------------------------------------
 
-SLEEPER = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+SLEEPER = "import os, time; os.write(1, str(os.getpid()).encode() + bytes([10])); time.sleep(60)"
 FAMILY = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for _ in range(3):
     if os.fork() == 0:
         break
-print(os.getpid(), flush=True)
+os.write(1, str(os.getpid()).encode() + bytes([10]))
 time.sleep(60)
 """
 DAEMON = """
@@ -391,7 +391,14 @@ def test_a_number_that_is_anothers_by_now_is_not_killed(servers: Servers) -> Non
 
 # -- orphans -----------------------------------------------------------------------------------------------------------
 
-ORPHAN = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    print(os.getpid(), flush=True); {then}\nos.wait()"
+ORPHAN = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    os.write(1, str(os.getpid()).encode() + bytes([10]))
+    time.sleep(60)
+os.wait()
+"""
 
 
 def zombie(pid: int) -> Callable[[], bool]:
@@ -403,7 +410,7 @@ def test_orphans_are_read_and_ones_own_children_are_not(servers: Servers, no_cgr
     trees = Trees(no_cgroups)
     _, own = servers.start("", session=False)
     _, server = servers.start("")
-    tree, parent = servers.start(ORPHAN.format(then="time.sleep(60)"))
+    tree, parent = servers.start(ORPHAN)
     (orphan,) = servers.pids(tree, 1)
     parent.kill()
     parent.wait(SECONDS)
@@ -425,7 +432,7 @@ def test_many_orphans_at_once(no_cgroups: Cgroups, tmp_path: Path) -> None:
         "import os\n"
         "for _ in range(10):\n"
         "    if os.fork() == 0:\n"
-        "        os.setsid(); print(os.getpid(), flush=True); os._exit(0)"
+        "        os.setsid(); os.write(1, str(os.getpid()).encode() + bytes([10])); os._exit(0)"
     )
     run = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=30, check=True)
     pids = [int(word) for word in run.stdout.split()]

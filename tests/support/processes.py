@@ -13,7 +13,7 @@ def command_lines() -> dict[int, str]:
         if not entry.name.isdecimal():
             continue
         try:
-            if (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            if (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX":
                 continue
             lines[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:

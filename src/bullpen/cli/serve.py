@@ -93,7 +93,9 @@ def serve(
     start_timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="How long one phase of a start may take. Default: 1800.", rich_help_panel=INSTANCES
+            metavar="SECONDS",
+            help="How long a start may go without progress. Default: 1800.",
+            rich_help_panel=INSTANCES,
         ),
     ] = None,
     stop_timeout: Annotated[

@@ -22,6 +22,8 @@ from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, Lau
 
 START_TIMER = "start"
 STOP_TIMER = "stop"
+STARTING_PATIENCE = 0.5
+"""Seconds from SIGTERM to SIGKILL, at most, for a server that has not started yet."""
 
 TERMINATED = "terminated"
 NOT_RUNNING = "not_running"
@@ -327,8 +329,10 @@ class Fleet:
             return self._give_up(instance, ConflictError(f"instance {event.id!r} was deleted before it had started"))
         if instance.state in ENDED:
             return self._remove(instance) if instance.tree_gone else self._kill(instance)
-        kill_at = now + event.timeout
-        timer = fx.SetTimer(event.id, STOP_TIMER, event.timeout)
+        # A server that still starts has nothing to finish, and vLLM does not heed SIGTERM until it has started.
+        patience = min(event.timeout, STARTING_PATIENCE) if instance.state is State.STARTING else event.timeout
+        kill_at = now + patience
+        timer = fx.SetTimer(event.id, STOP_TIMER, patience)
         if instance.state is State.STOPPING:
             if pending.kill_at is None or kill_at >= pending.kill_at:
                 return []  # it is being killed, or will be earlier

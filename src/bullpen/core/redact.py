@@ -16,7 +16,7 @@ SECRET_NAME = re.compile(
 MANY = 1_000_000
 SECRET_OPTIONS = {"--api-key": MANY, "--hf-token": 1, "--watermark-config": 1}
 """Options of vLLM with secret values, and how many values each takes at most."""
-SHORTEST = len("--wa")
+SHORTEST = len("--a")
 """An option may be abbreviated; no shorter beginning of one of these is unambiguous."""
 
 

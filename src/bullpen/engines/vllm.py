@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
+from bullpen.engines.base import Place
 from bullpen.engines.openai_server import OpenAIServer
 
 FROZEN_AT_IMPORT = (
@@ -60,6 +64,14 @@ class Vllm(OpenAIServer):
         if found:
             return None
         return f"vLLM is not installed in {python}: {HOW_TO_INSTALL}; --engine sim serves a simulator"
+
+    def environment(self, place: Place, user: Mapping[str, str]) -> dict[str, str]:
+        """Temporary files go into the instance's folder, for vLLM leaves some behind; compiled code stays shared."""
+        kept = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+        ours = {"TMPDIR": str(place.folder)}
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            ours["TORCHINDUCTOR_CACHE_DIR"] = str(kept)
+        return {**ours, **super().environment(place, user)}
 
     def early_environment(self, user: Mapping[str, str]) -> dict[str, str]:
         """See `FROZEN_AT_IMPORT`."""

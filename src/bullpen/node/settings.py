@@ -37,7 +37,7 @@ class Settings(BaseModel):
     mock_gpu_count: int = Field(8, ge=0, le=1024, description="how many")
     allow_env: tuple[str, ...] = Field((), description="loader variables that instances may set all the same")
     stop_timeout: float = Field(10.0, ge=0, description="seconds from SIGTERM to SIGKILL for an instance")
-    start_timeout: float = Field(1800.0, gt=0, description="seconds that one phase of a start may take")
+    start_timeout: float = Field(1800.0, gt=0, description="seconds that a start may go without progress")
     on_exit: Literal["stop", "keep"] = Field("stop", description="what SIGTERM to the daemon does to instances")
     spares: int = Field(1, ge=0, le=64, description="processes forked ahead")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="of the daemon")

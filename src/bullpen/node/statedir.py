@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bullpen.errors import StateError
 
-LONGEST_SOCKET_FOLDER = 60
-"""Bytes: a Unix socket's path has 107, and vLLM adds names of its own."""
+LONGEST_SOCKET_FOLDER = 56
+"""Bytes: a Unix socket's path has 107 at most; an instance's key and vLLM's own names take 50 of them."""
 
 
 def default_state_dir() -> Path:
@@ -45,10 +45,10 @@ class StateDir:
         try:
             self.sockets = self._socket_folder()
         except OSError as problem:
-            self.close()
+            self._unlock()
             raise StateError(f"{self.path}: no folder for sockets can be made: {problem}") from problem
         except StateError:
-            self.close()
+            self._unlock()
             raise
 
     @property
@@ -114,5 +114,8 @@ class StateDir:
         self.access_key.unlink(missing_ok=True)
         with suppress(OSError):  # servers that were kept have folders in there
             self.sockets.rmdir()
+        self._unlock()
+
+    def _unlock(self) -> None:
         os.ftruncate(self._lock, 0)
         os.close(self._lock)

@@ -337,6 +337,9 @@ class Supervisor:
         self._stopping = asyncio.ensure_future(self._stop_for_exit())
 
     async def _stop_for_exit(self) -> None:
+        # Creates that were refused just now may have processes still to be killed.
+        unfinished = [instance.id for instance in self.fleet.instances.values() if not instance.listed]
+        await asyncio.gather(*(self.stop(instance_id) for instance_id in unfinished), return_exceptions=True)
         if self.settings.on_exit == "keep":
             return
         try:

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -109,6 +110,7 @@ def take_identity(message: protocol.Message, log: int) -> None:
             Path(message["cgroup"], "cgroup.procs").write_text("0")
     redirect_output(log)
     os.environ.update(message["env"])
+    tempfile.tempdir = None  # the zygote's, found out before there was this environment
     time.tzset()
     os.chdir(message.get("cwd") or "/")
     if (adjustment := message.get("oom_score_adj")) is not None:

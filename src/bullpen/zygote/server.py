@@ -102,7 +102,12 @@ class Zygote:
             self._accept()
             self._tell_all({"event": "broken", "error": str(problem) or type(problem).__name__})
             return 3
-        self._serve()
+        try:
+            self._serve()
+        finally:
+            for spare in self._spares:  # each would see its channel close, a moment later
+                with suppress(ProcessLookupError):
+                    os.kill(spare.pid, signal.SIGKILL)
         return 0
 
     def _note_end(self, *_: object) -> None:
