@@ -338,11 +338,15 @@ def test_it_stays_as_it_is_over_many_leases(start_zygote: Start) -> None:
         while protocol_events(client):
             pass
 
+    def rest() -> None:
+        wait_for(lambda: len(children_of(zygote.pid)) == 1)
+        client.status()  # what it was about when the spare appeared, it has done
+
     use(50)
-    wait_for(lambda: len(children_of(zygote.pid)) == 1)
+    rest()
     descriptors, memory = open_descriptors(zygote.pid), resident(zygote.pid)
     use(450)
-    wait_for(lambda: len(children_of(zygote.pid)) == 1)
+    rest()
     assert threads_of(zygote.pid) == 1
     assert len(open_descriptors(zygote.pid)) == len(descriptors)
     assert resident(zygote.pid) < memory + 1024, "KiB"

@@ -12,57 +12,28 @@ import os
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
-from bullpen.core import redact
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Config, Instance, Served, State
+from bullpen.core.instance import Instance, State
 from bullpen.core.public import public
-from bullpen.engines.base import Place
 from bullpen.engines.crash import CrashClass, Failure
 from bullpen.engines.registry import ENGINES
-from bullpen.errors import BullpenError, InvalidRequestError, LaunchError, StateError
+from bullpen.errors import LaunchError, StateError
 from bullpen.node import probe
-from bullpen.node.packets import ProcessEndedError
-from bullpen.node.ports import resolve
+from bullpen.node.creation import Creation
+from bullpen.node.handle import Handle, exit_status
 from bullpen.node.resources import Resources
-from bullpen.node.trees import Tree, read_process
-from bullpen.node.zygote import Leased, ZygoteEndedError
+from bullpen.node.trees import Tree
 
 logger = logging.getLogger("bullpen")
 
-LEASE_ATTEMPTS = 3
-STATUS_SECONDS = 1.0
-"""How long to wait for the zygote to tell the status of a process that has ended."""
 TAIL_BYTES = 64 * 1024
 FIRST_TICK, LONGEST_TICK = 0.015, 0.25
 """Seconds between two looks at log and health of a server that starts; they grow with the time it takes."""
 PROBE_EVERY = 0.25
-OOM_SCORE = 200
-"""Instances go before the daemon and its zygotes when the kernel must choose."""
-
-
-@dataclass
-class Handle:
-    """What the daemon holds of one instance's process."""
-
-    leased: Leased | None = None
-    pidfd: int = -1
-    followed: bool = False
-    """Whether the end of the process is going to be reported."""
-    shared: set[Path] = field(default_factory=set)
-    """Files in shared memory that the tree was seen to map."""
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    kill: asyncio.Task[None] | None = None
-
-
-CreateEffect = fx.Check | fx.HoldPort | fx.Start
-"""The steps of a create that may wait."""
 
 
 class Executor:
@@ -88,11 +59,11 @@ class Executor:
         self._handles: dict[str, Handle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unsaved: set[str] = set()
-        self._folder = current_folder()
+        self._creation = Creation(fleet, resources, self._handles, submit, self.follow_exit)
         self._carriers: dict[type, Callable[[Any], object]] = {
-            fx.Check: lambda effect: self._spawn(self._create_step(effect, self._check)),
-            fx.HoldPort: lambda effect: self._spawn(self._create_step(effect, self._hold_port)),
-            fx.Start: lambda effect: self._spawn(self._create_step(effect, self._start)),
+            fx.Check: lambda effect: self._spawn(self._creation.step(effect)),
+            fx.HoldPort: lambda effect: self._spawn(self._creation.step(effect)),
+            fx.Start: lambda effect: self._spawn(self._creation.step(effect)),
             fx.Discard: self._discard,
             fx.Watch: lambda effect: self._spawn(self._watch(effect.id)),
             fx.Terminate: self._terminate,
@@ -132,122 +103,6 @@ class Executor:
         """Submit what an effect has come to, unless the instance is gone: another one may have its id by now."""
         if self._instance(instance.id) is instance:
             self._submit(event)
-
-    # -- create ------------------------------------------------------------------------------------------------
-
-    async def _create_step(
-        self, effect: CreateEffect, step: Callable[[Instance, CreateEffect], Coroutine[Any, Any, None]]
-    ) -> None:
-        """Do one step of a create; whatever goes wrong ends in a refusal, so that its caller gets an answer."""
-        instance = self._instance(effect.id)
-        if instance is None:
-            return
-        problem: BullpenError
-        try:
-            await step(instance, effect)
-            return
-        except BullpenError as error:
-            problem = error
-        except Exception as error:
-            logger.exception("creating %s failed; this is a bug in Bullpen", effect.id)
-            problem = LaunchError(f"creating it failed inside Bullpen ({type(error).__name__}); its log has more")
-        self._report(instance, ev.Refused(effect.id, problem))
-
-    async def _check(self, instance: Instance, effect: CreateEffect) -> None:
-        """Raises InvalidRequestError where the engine refuses, LaunchError where no process can be had."""
-        leased, answer = await self._lease_and_check(instance.config)
-        process = read_process(leased.pid)
-        if self._instance(instance.id) is not instance or process is None:
-            leased.give_back()
-            raise LaunchError("the process that was to become the server has ended; try again")
-        self._handles[instance.id] = Handle(leased, leased.pidfd)
-        if leased.reason:
-            logger.warning("instance %s starts in a fresh interpreter: %s", instance.id, leased.reason)
-        served = Served(
-            model=answer["model"],
-            served_model_names=tuple(answer["served_model_names"]),
-            port=answer["port"],
-            host=answer["host"],
-            uds=answer["uds"],
-            tls=answer["tls"],
-        )
-        self._submit(ev.Checked(instance.id, served, leased.pid, process.start_ticks, leased.how))
-
-    async def _lease_and_check(self, config: Config) -> tuple[Leased, dict[str, Any]]:
-        """A process, and what the engine's parser says in it; where zygote or process dies just then, from another."""
-        for _ in range(LEASE_ATTEMPTS - 1):
-            with suppress(ZygoteEndedError, ProcessEndedError):
-                return await self._try_lease_and_check(config)
-        return await self._try_lease_and_check(config)
-
-    async def _try_lease_and_check(self, config: Config) -> tuple[Leased, dict[str, Any]]:
-        early = ENGINES[config.engine].early_environment(config.env_vars or {})
-        zygote = self._resources.zygotes.get(config.engine, early)
-        try:
-            leased = await zygote.lease()
-        except ZygoteEndedError:
-            await zygote.gone.wait()
-            raise
-        try:
-            question = {"op": "check", "argv": config.argv}
-            answer = await leased.channel.ask(question, seconds=leased.answer_seconds)
-            if not answer.get("ok"):
-                raise InvalidRequestError(redact.sentence(one_sentence(answer["error"]), config.argv))
-        except BaseException:
-            leased.give_back()
-            raise
-        return leased, answer
-
-    async def _hold_port(self, instance: Instance, effect: CreateEffect) -> None:
-        """Raises ConflictError, InvalidRequestError or LaunchError where the port cannot be had."""
-        assert isinstance(effect, fx.HoldPort) and instance.served is not None
-        address = await resolve(instance.served.host or self._resources.settings.instance_host)
-        if self._instance(effect.id) is instance:
-            port = self._resources.ports.hold(instance.key, effect.port, address, effect.avoid)
-            self._submit(ev.PortReady(effect.id, port))
-
-    async def _start(self, instance: Instance, effect: CreateEffect) -> None:
-        """Raises LaunchError where the process cannot become the server."""
-        handle = self._handles[instance.id]
-        await self._become_server(instance, handle)
-        self._report(instance, ev.Started(instance.id))
-        self.follow_exit(instance.id, handle)
-
-    async def _become_server(self, instance: Instance, handle: Handle) -> None:
-        assert handle.leased is not None and instance.served is not None and instance.address is not None
-        engine = ENGINES[instance.config.engine]
-        place = self._place(instance)
-        user = instance.config.env_vars or {}
-        log = self._resources.logs.create(instance.key)
-        try:
-            make_folder(place)
-            cgroup = self._resources.cgroups.create(instance.key)
-            answer = await handle.leased.channel.ask(
-                {
-                    "op": "start",
-                    "argv": engine.command_line(instance.config.argv, instance.served.host is not None, place),
-                    "env": engine.environment(place, user),
-                    "user_env": dict(user),
-                    "cwd": self._folder,
-                    "title": f"bullpen: {instance.id} {instance.served.model}",
-                    "cgroup": str(cgroup) if cgroup else None,
-                    "oom_score_adj": OOM_SCORE,
-                },
-                (log,),
-            )
-        finally:
-            os.close(log)
-            handle.leased.channel.close()
-        if not answer.get("ok"):
-            raise LaunchError(f"the process cannot become the server: {answer.get('error')}")
-        self._resources.cgroups.confirm(instance.key, handle.leased.pid)
-
-    def _place(self, instance: Instance) -> Place:
-        assert instance.address is not None
-        uuids = instance.config.gpu_uuids
-        indices = None if uuids is None else tuple(self._resources.gpu_index[uuid] for uuid in uuids)
-        folder = self._resources.state.instance_folder(instance.key)
-        return Place(instance.address.host, instance.address.port, folder, indices)
 
     def _discard(self, effect: fx.Discard) -> None:
         handle = self._handles.pop(effect.id, None)
@@ -467,59 +322,3 @@ class Executor:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def current_folder() -> str:
-    """Where relative paths in options begin: the daemon's folder, or the root where that was removed."""
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return "/"
-
-
-def make_folder(place: Place) -> None:
-    """Make an instance's own folder.
-
-    Raises:
-        LaunchError: it cannot be made.
-    """
-    try:
-        place.folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as problem:
-        raise LaunchError(f"the folder {place.folder} cannot be made: {problem.strerror}; make room there") from problem
-
-
-async def exit_status(handle: Handle) -> int | None:
-    """How a process ended: told by the zygote, its parent; or read from the kernel where the zygote is gone and the
-    process has become a child of ours; None where neither saw it."""
-    if handle.leased is not None:
-        try:
-            status = await asyncio.wait_for(asyncio.shield(handle.leased.status), STATUS_SECONDS)
-        except TimeoutError:
-            status = None
-        if status is not None:
-            return status
-    return adopted_status(handle.pidfd)
-
-
-def adopted_status(pidfd: int) -> int | None:
-    """How a process ended that has become a child of this one; None where it has not."""
-    try:
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        return None
-    if result is None:
-        return None
-    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-
-
-def one_sentence(error: str) -> str:
-    """A parser's message on one line, without what pydantic adds for programmers and without values that it quotes."""
-    lines = [line.partition(" [type=")[0].strip() for line in error.splitlines()]
-    kept = [line for line in lines if line and not line.startswith("For further information")]
-    text = " ".join(kept)
-    head, unknown, words = text.partition("unrecognized arguments: ")
-    if unknown:
-        flags = [word.partition("=")[0] for word in words.split() if word.startswith("-")]
-        text = head + unknown + (" ".join(flags) or "words that are no options")
-    return text[:500]

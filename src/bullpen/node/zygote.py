@@ -225,12 +225,14 @@ class Zygote:
         Raises:
             LaunchError: it cannot be, or takes too long.
         """
-        try:
-            await asyncio.wait_for(self._warm.wait(), WARM_SECONDS)
-        except TimeoutError:
-            raise LaunchError(
-                f"engine {self.command.engine} is not warm after {WARM_SECONDS:.0f} s; it imports {self.warmth.module}"
-            ) from None
+        if not self._warm.is_set():
+            try:
+                await asyncio.wait_for(self._warm.wait(), WARM_SECONDS)
+            except TimeoutError:
+                raise LaunchError(
+                    f"engine {self.command.engine} is not warm after {WARM_SECONDS:.0f} s;"
+                    f" it imports {self.warmth.module}"
+                ) from None
         if self.warmth.state == "broken" and self.was_warm:
             raise ZygoteEndedError(f"engine {self.command.engine}: {self.warmth.error}")
         if self.warmth.state == "broken":
