@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bullpen.zygote import boot, child, worlds
+from bullpen.zygote import child, worlds
 from bullpen.zygote.preload import ModuleReport, PreloadReport
 from bullpen.zygote.server import Zygote, listen
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listener,
         spares=options.spares,
         exit_with_client=options.exit_with_client,
-        spawn_command=[sys.executable, str(boot.__file__), "--engine", options.engine],
+        spawn_command=[sys.executable, str(Path(__file__).with_name("boot.py")), "--engine", options.engine],
     )
     code = zygote.run()
     remove_address(address, options)
