@@ -91,7 +91,7 @@ def main(
     for name in chosen:
         try:
             results[name] = run(name, quick, console)
-        except BenchError as problem:
+        except (BenchError, OSError) as problem:
             console.print(f"[red]{name}:[/] {problem}")
             failed = True
         write_json(LATEST, results)
@@ -121,7 +121,7 @@ def run(name: str, quick: bool, console: Console) -> dict[str, Any]:
             progress = Shown(name, console, bars)
             result: Result = BENCHMARKS[name].run(options, progress)
             progress.done()
-    except BenchError:
+    except (BenchError, OSError):
         console.print(f"[dim]logs are in {folder}[/]")
         raise
     shutil.rmtree(folder, ignore_errors=True)

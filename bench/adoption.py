@@ -14,13 +14,15 @@ from bench.common import BenchError, Goal, Options, Progress, Result, Table, med
 TITLE = "Adoption: a crash of the daemon"
 METHOD = """\
 {count} instances ({engine}) answer one completion after the other, each asked by a thread of its own, all the time.
-The daemon gets SIGKILL, {runs} times; each time the next one is started on the same state directory, and timed from the
-start of its process to its first answer to `/health`, and to a list that shows all {count} running and ready under
-their old process ids. With vLLM its zygote imports vLLM at the same time."""
+The daemon gets SIGKILL, {runs} times, each time when its zygote is warm; the next one is started on the same state
+directory, and timed from the start of its process to its first answer to `/health`, and to a list that shows all
+{count} running and ready under their old process ids. With vLLM its zygote imports vLLM at the same time."""
 
 COUNT = 3
 LIMIT = 1.0
-BETWEEN_SECONDS = 2.0
+AFTER_SECONDS = 2.0
+PAUSE_SECONDS = 0.1
+"""Between two completions of one instance."""
 
 
 class Asker:
@@ -41,7 +43,7 @@ class Asker:
             except (OSError, http.client.HTTPException, BenchError, ValueError) as problem:
                 self.failures.append(repr(problem))
             self.times.append(time.monotonic() - begun)
-            self._stop.wait(0.05)
+            self._stop.wait(PAUSE_SECONDS)
 
     def finish(self) -> None:
         """Stop asking."""
@@ -69,12 +71,12 @@ def run(options: Options, progress: Progress) -> Result:
             askers.append(Asker(document["url"], model))
         for number in range(1, runs + 1):
             progress.step(f"crash {number} of {runs}")
-            time.sleep(BETWEEN_SECONDS)
+            daemon.wait_warm()
             daemon.crash()
             daemon = daemon.successor(options, engine)
             answering.append(daemon.wait_answering() - daemon.started)
             adopted.append(wait_adopted(daemon, before) - daemon.started)
-        time.sleep(BETWEEN_SECONDS)
+        time.sleep(AFTER_SECONDS)
         for asker in askers:
             asker.finish()
     finally:

@@ -351,7 +351,7 @@ def measure_cycles(options: Options, progress: Progress, cycles: int, result: Re
     late = [(float(one["cycles"]), float(one["rss"])) for one in points if one["cycles"] >= BUFFERS_FULL * cycles]
     growth = late[-1][1] / late[0][1] - 1
     note = (
-        f"In the last quarter: {slope(late) / 1024:.2f} KiB a cycle; before, buffers fill (2,000 events, the journal's pages)."
+        f"In the last quarter: {slope(late) / 1024:.2f} KiB a cycle; before, buffers fill."
         f" {cycles / seconds:.1f} cycles a second."
     )
     result.tables.append(Table("Memory over cycles of create and delete", columns, rows, note))

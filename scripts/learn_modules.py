@@ -85,6 +85,7 @@ def wait_ready(port: int, argv: Sequence[str], folder: Path) -> None:
             model = json.loads(connection.getresponse().read())["data"][0]["id"]
             for path, extra in (
                 ("/v1/completions", {"prompt": "a", "max_tokens": 2}),
+                ("/v1/completions", {"prompt": "a", "max_tokens": 2, "stream": True}),
                 ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}),
                 ("/v1/embeddings", {"input": "a"}),
             ):

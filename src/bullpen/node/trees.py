@@ -266,7 +266,7 @@ class Trees:
             groups = own_groups(pids, scan) if seen else []
             new = pids - seen.keys()
             files |= await asyncio.to_thread(shared_memory.mapped_by, new)
-            self._kill_once(tree, alive, groups)
+            await asyncio.to_thread(self._kill_once, tree, alive, groups)
             await asyncio.sleep(pause)
             pause = FIRST_PAUSE if new and seen else min(pause * 2, LONGEST_PAUSE)
             seen |= {process.pid: process for process in alive}

@@ -30,6 +30,7 @@ def prepare_parent() -> None:
         _scan_for_kernel_overrides_once()
     _configure_logging_once()
     _remember_entry_points()
+    _compile_a_chat_template()
     gc.collect()
     # vLLM runs full collections while it starts: slow on an inherited heap, and they would unshare its pages.
     gc.freeze()
@@ -80,10 +81,13 @@ def _configure_logging_once() -> None:
     """Set up vLLM's default logging here; a server whose options say nothing about it then has nothing to do."""
     try:
         from vllm.config.logging import LoggingConfig
-        from vllm.logger import configure_logging
+        from vllm.logger import configure_logging, configure_logging_if_needed
+        from vllm.v1.engine import core
     except ImportError:  # before 0.32, which has its logging set up when it is imported
         return
     configure_logging(LoggingConfig())
+    # The engine core would set logging up whether that is needed or not.
+    core.configure_logging = configure_logging_if_needed
 
 
 def _remember_entry_points() -> None:
@@ -94,6 +98,16 @@ def _remember_entry_points() -> None:
         return everything.select(**wanted) if wanted else everything
 
     metadata.entry_points = entry_points
+
+
+def _compile_a_chat_template() -> None:
+    """Use jinja once: the first template of a process fills caches that all others share."""
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.from_string("{% for message in messages %}{{ message['content'] }}{% endfor %}").render(messages=[])
 
 
 def _keep_fork_on_cpu() -> None:
