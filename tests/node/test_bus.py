@@ -129,6 +129,23 @@ async def test_a_heartbeat_comes_to_those_who_ask_for_finer_events(monkeypatch: 
     assert line["object"]["revision"] == 42
 
 
+async def test_a_heartbeat_comes_among_other_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus_module, "HEARTBEAT_SECONDS", 0.05)
+    bus = Bus()
+    stream = bus.subscribe([], fine=True)
+
+    async def chatter() -> None:
+        while bus.watchers:
+            bus.publish_fine("STATE", {"revision": 0})
+            await asyncio.sleep(0.005)
+
+    chattering = asyncio.ensure_future(chatter())
+    lines = await take(stream, 100)
+    assert {line["type"] for line in lines} == {"STATE", "HEARTBEAT"}
+    await stream.aclose()  # type: ignore[attr-defined]
+    await asyncio.wait_for(chattering, SECONDS)
+
+
 async def test_a_watcher_that_does_not_read_is_cut_off_and_can_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bus_module, "QUEUED_LINES", 5)
     bus = Bus()

@@ -196,6 +196,18 @@ async def test_a_folder_removed_later_is_named(start: Start, tmp_path: Path, mon
     assert supervisor.fleet.instances == {}
 
 
+async def test_ready_is_who_can_fork_a_plain_instance(start: Start) -> None:
+    """A warm zygote with variables of its own makes nobody else's instance start."""
+    supervisor = await start()
+    await wait_for(lambda: supervisor.readiness()["ready"])
+    extra = supervisor.resources.zygotes.get("sim", {"PYTHONHASHSEED": "7"})
+    await asyncio.wait_for(extra.wait_until_warm(), SECONDS)
+    plain, other = supervisor.readiness()["zygotes"]
+    assert (plain["environment"], other["environment"]) == ([], ["PYTHONHASHSEED"])
+    supervisor.resources.zygotes.get("sim", {}).warmth.state = "warming"
+    assert not supervisor.readiness()["ready"]
+
+
 # -- housekeeping ------------------------------------------------------------------------------------------------------
 
 

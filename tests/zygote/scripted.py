@@ -46,6 +46,9 @@ class ScriptWorld:
         if self._options.trouble:
             TROUBLES[self._options.trouble](self._options)
         LEFT_OPEN.append(os.open("/dev/zero", os.O_RDONLY))
+        if self._options.management_device:
+            guards.MANAGEMENT_DEVICES = (self._options.management_device,)
+            LEFT_OPEN.append(os.open(self._options.management_device, os.O_RDONLY))
         signal.signal(signal.SIGUSR1, lambda *_: None)
         return {}
 
@@ -90,6 +93,7 @@ def main() -> int:
     parser.add_argument("--path", action="append", default=[])
     parser.add_argument("--trouble", choices=["broken", "exit", *TROUBLES])
     parser.add_argument("--device")
+    parser.add_argument("--management-device")
     options = parser.parse_args()
     zygote = Zygote(
         "script",

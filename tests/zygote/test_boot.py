@@ -52,8 +52,9 @@ def test_it_serves_where_none_of_the_daemons_packages_are(
     argv = ["--model", "m", "--uds", str(tmp_path / "sock")]
     assert process.check(argv)["model"] == "m"
     with (tmp_path / "log").open("wb") as log:
-        process.start(argv, {"BULLPEN_SIM_START_SECONDS": "0"}, log.fileno())
+        process.start(argv, {"BULLPEN_SIM_START_SECONDS": "0"}, log.fileno(), title="bullpen: bare and long")
     assert health(tmp_path / "sock") == 200
+    assert Path(f"/proc/{process.pid}/comm").read_text() == "bullpen: bare a\n", "without setproctitle, for top"
     loaded = wait_for(lambda: Path(f"/proc/{process.pid}/maps").read_text())
     assert "site-packages" not in loaded
 

@@ -71,6 +71,20 @@ def test_it_has_nothing_of_the_zygotes_open(scripted: Scripted) -> None:
     assert next(target for number, target in kept.items() if number > 2).startswith("socket:")
 
 
+def test_it_keeps_what_a_management_library_has_open(tmp_path: Path) -> None:
+    """NVML goes on using its descriptors in the fork; closed, their numbers would be somebody else's soon."""
+    device = tmp_path / "nvidiactl"
+    device.touch()
+    folder = tmp_path / "zygote"
+    folder.mkdir()
+    with RunningZygote(folder, "--management-device", str(device), program=SCRIPTED) as zygote:
+        log = tmp_path / "log"
+        process = zygote.run("print('up'); wait()", log)
+        lines(log)
+        assert process.how in ("spare", "fork")
+        assert sorted(open_descriptors(process.pid).values()) == sorted([os.devnull, str(log), str(log), str(device)])
+
+
 def test_it_ends_with_its_channel(scripted: Scripted) -> None:
     zygote, client = scripted
     process = zygote.lease(client)

@@ -278,7 +278,11 @@ class Supervisor:
             }
             for zygote in self.resources.zygotes.all()
         ]
-        ready = any(zygote["engine"] == self.engine and zygote["state"] == "warm" for zygote in zygotes)
+        # One with variables of its own is no use to an instance without them.
+        ready = any(
+            zygote["engine"] == self.engine and zygote["state"] == "warm" and not zygote["environment"]
+            for zygote in zygotes
+        )
         waiting = sum(not instance.listed for instance in self.fleet.instances.values())
         return {"ready": ready and not self._closing, "engine": self.engine, "zygotes": zygotes, "waiting": waiting}
 

@@ -53,8 +53,8 @@ class Zygotes:
         self._retiring: set[asyncio.Task[None]] = set()
 
     def all(self) -> Sequence[Zygote]:
-        """The zygotes there are now."""
-        return list(self._zygotes.values())
+        """The zygotes there are now, those with variables of their own last."""
+        return sorted(self._zygotes.values(), key=lambda zygote: bool(zygote.command.early))
 
     def get(self, engine: str, early: Mapping[str, str]) -> Zygote:
         """The zygote for an engine with these import-time variables; it is started where there is none.

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bullpen.zygote import protocol
+from bullpen.zygote import guards, protocol
 from bullpen.zygote.worlds import OptionsError, World
 
 PYTHON_SIGNALS: dict[int, Any] = {
@@ -31,7 +31,7 @@ LIBC = ctypes.CDLL(None)
 
 
 def detach(keep: socket.socket) -> None:
-    """Leave the zygote's world right after the fork: own session, default signals, no descriptor of the parent's."""
+    """Leave the zygote's world right after the fork: own session, default signals, no descriptor of the zygote's."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - UNCHANGEABLE:
@@ -41,7 +41,8 @@ def detach(keep: socket.socket) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             with suppress(OSError):
-                os.close(int(name))
+                if not os.readlink(f"/proc/self/fd/{name}").startswith(guards.MANAGEMENT_DEVICES):
+                    os.close(int(name))
 
 
 def live(world: World, channel: socket.socket) -> NoReturn:

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 CONTEXT_DEVICES: tuple[str, ...] = ("/dev/nvidia-uvm", "/dev/kfd", "/dev/davinci", "/dev/accel/")
-"""Device files that an accelerator context holds open. NVML opens other ones (``/dev/nvidiactl``, ``/dev/nvidia0``)
-and survives a fork."""
+"""Device files that an accelerator context holds open. It does not survive a fork."""
+MANAGEMENT_DEVICES: tuple[str, ...] = ("/dev/nvidia", "/dev/dri/")
+"""Device files that management libraries hold open (NVML: ``/dev/nvidiactl``, ``/dev/nvidia0``; PyTorch initialises it
+to count devices and leaves it so). They survive a fork, but not a close behind their back."""
 ENDING_SECONDS = 0.02
 """How long a thread that Python has joined may still be seen by the kernel."""
 

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bullpen.zygote import guards
+
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 SINGLE_PROCESS_EXECUTOR = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
@@ -40,15 +42,17 @@ def prepare_server(user_environment: Mapping[str, str]) -> None:
     """Make this process start its engine core and workers by forking."""
     from vllm.platforms import current_platform
 
+    unsafe = guards.reason_not_to_fork()
     if METHOD not in user_environment:
-        os.environ[METHOD] = "fork"
-        if current_platform.is_cpu():
+        os.environ[METHOD] = "spawn" if unsafe else "fork"
+        if current_platform.is_cpu() and not unsafe:
             _keep_fork_on_cpu()
     if current_platform.is_cpu() and SINGLE_PROCESS_EXECUTOR not in user_environment:
         # One worker: the engine core runs it itself, a process less. It falls back to a process for each worker
         # where there are several, whatever this says.
         os.environ[SINGLE_PROCESS_EXECUTOR] = "0"
-    _inspect_models_by_forking()
+    if not unsafe:
+        _inspect_models_by_forking()
 
 
 def _allow_amx() -> None:
