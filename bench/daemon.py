@@ -36,7 +36,7 @@ START_LIMIT = 0.5
 LATENCY_LIMIT = 0.050
 MANY_LIMIT = 20.0
 FLAT_LIMIT = 0.02
-"""How much the daemon's memory may grow over the last quarter of the cycles."""
+"""How much the daemon's memory may grow over the second half of the cycles."""
 WORKERS = 4
 
 T = TypeVar("T")
@@ -315,10 +315,10 @@ def start_by_hand(options: Options, count: int) -> float:
 
 # -- cycles --------------------------------------------------------------------------------------------------------
 
-CHECKPOINTS = (0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+CHECKPOINTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 """When memory is looked at, as shares of all cycles."""
-BUFFERS_FULL = 0.75
-"""From here on memory is judged. Before, buffers fill: 2,000 events are kept for watchers, two from each cycle."""
+BUFFERS_FULL = 0.5
+"""From here on, a full thousand cycles, memory is judged. Before, buffers fill: 1,000 events are kept for watchers."""
 
 
 def measure_cycles(options: Options, progress: Progress, cycles: int, result: Result) -> None:
@@ -351,7 +351,7 @@ def measure_cycles(options: Options, progress: Progress, cycles: int, result: Re
     late = [(float(one["cycles"]), float(one["rss"])) for one in points if one["cycles"] >= BUFFERS_FULL * cycles]
     growth = late[-1][1] / late[0][1] - 1
     note = (
-        f"In the last quarter: {slope(late) / 1024:.2f} KiB a cycle; before, buffers fill."
+        f"From there on: {slope(late) / 1024:.2f} KiB a cycle; before, buffers fill."
         f" {cycles / seconds:.1f} cycles a second."
     )
     result.tables.append(Table("Memory over cycles of create and delete", columns, rows, note))

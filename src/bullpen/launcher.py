@@ -194,6 +194,15 @@ def __getattr__(name: str) -> Any:
 if __name__ == "__main__":
     import sys
 
+    if sys.argv[1:]:
+        wanted = sys.argv[1:] in (["-h"], ["--help"])
+        print(
+            "python -m bullpen.launcher takes no arguments: its settings come from BULLPEN_* variables;"
+            " `bullpen serve --help` has them as flags",
+            file=sys.stdout if wanted else sys.stderr,
+        )
+        raise SystemExit(0 if wanted else 2)
+
     from bullpen.web.serve import serve
 
     try:

@@ -41,11 +41,24 @@ def test_it_is_made_for_its_owner_alone(tmp_path: Path) -> None:
 def test_a_folder_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
     """It may be /tmp; what is put into it guards itself."""
     (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "somebodys").touch()
     (tmp_path / "state").chmod(0o755)
     state = StateDir(tmp_path / "state")
     assert mode(state.path) == 0o755
     assert [mode(path) for path in (state.logs, state.sockets)] == [0o700] * 2
     state.close()
+
+
+def test_an_empty_folder_or_one_used_before_becomes_private(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir(mode=0o755)
+    state = StateDir(tmp_path / "state")
+    assert mode(state.path) == 0o700
+    state.journal.touch()
+    state.close()
+    state.path.chmod(0o755)
+    again = StateDir(tmp_path / "state")
+    assert mode(again.path) == 0o700
+    again.close()
 
 
 def test_a_second_daemon_is_told_of_the_first(tmp_path: Path) -> None:

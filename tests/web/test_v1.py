@@ -155,3 +155,15 @@ def test_over_restarts_of_the_daemon(
     assert third.end() == 0
     fourth = start_daemon(first.state_dir)
     assert fourth.http.get(V1).status_code == 404
+
+
+def test_a_refused_start_keeps_the_log_of_the_one_before(daemon: Daemon) -> None:
+    """What has failed keeps its log until it is deleted, or replaced by one that starts."""
+    body = {"options": "--model m", "env_vars": {"BULLPEN_SIM_FAIL": "start"}}
+    assert daemon.http.post("/v1/vllm", json=body).status_code == 200
+    daemon.wait_state("default", "failed")
+    log = "/v2/vllm/instances/default/log"
+    assert daemon.http.post("/v1/vllm", json={"options": "--model m --port abc"}).status_code == 422
+    assert "Traceback" in daemon.http.get(log).text
+    assert daemon.http.post("/v1/vllm", json={"options": "--model m"}).status_code == 200
+    assert "Traceback" not in daemon.http.get(log).text

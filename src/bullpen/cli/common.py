@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -81,6 +82,9 @@ def explain(problem: BullpenError) -> str:
 
     if isinstance(problem, Refused) and problem.status == 404:
         return f"{problem}; `bullpen ps` lists those there are"
+    if isinstance(problem, Refused) and problem.status == 409 and "; delete " in str(problem):
+        owner = re.search(r"instance '([^']+)'", str(problem))
+        return f"{problem}; `bullpen stop {owner[1] if owner else 'ID'}` deletes it"
     return str(problem)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from bullpen.cli.common import (
     connect,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from bullpen.client import BullpenClient
 
 
 def logs(
@@ -53,6 +56,22 @@ def logs(
             for data in client.follow_log(instance_id, start) if follow else pieces:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
+            if follow:
+                print(f"bullpen: {how_ended(client, instance_id)}", file=sys.stderr)
         except KeyboardInterrupt:
             return INTERRUPTED
     return 0
+
+
+def how_ended(client: BullpenClient, instance_id: str) -> str:
+    """Why there is no more of a log that was followed."""
+    from bullpen.client import Refused
+
+    try:
+        instance = client.get(instance_id)
+    except Refused as problem:
+        if problem.status != 404:
+            raise
+        return f"{instance_id} was stopped and removed"
+    code = f" with exit code {instance.exit_code}" if instance.exit_code is not None else ""
+    return f"{instance_id} has ended{code}; this was its log"

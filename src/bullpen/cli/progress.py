@@ -83,7 +83,8 @@ class StartDisplay:
         heading = Text.assemble(("✓ ", "green"), (self._name, "bold"), f" is ready in {words.duration(total)}")
         made = words.how_made(instance.start)
         self._console.print(heading.append(f", {made}" if made else ""))
-        self._console.print(phase_table(instance, total))
+        if self._live is not None:  # elsewhere each phase has had its line
+            self._console.print(phase_table(instance, total))
         self._print(*parts)
         if self._live is not None:
             self._live = self._new_live(IDLE_FRAMES_PER_SECOND)

@@ -45,6 +45,8 @@ def run(
       bullpen run ./my-model --id mine --detach -- --max-model-len 4096
     """
     variables = read_variables(env or [])
+    if any(word == "--model" or word.startswith("--model=") for word in options or ()):
+        raise WrongUsageError(f"the model is named twice, as {model} and behind `--`; leave --model out")
     from bullpen.cli.console import new_console
     from bullpen.cli.running import Request, Running
 

@@ -27,6 +27,8 @@ from bullpen.errors import BullpenError
 LOOK_SECONDS = 0.25
 """How often the engine's warmth is asked for while a create waits for it."""
 LAST_LINES = 15
+UNEXPLAINED = ("error", "unknown")
+"""The classes of failures of which the log may tell more than the daemon's sentence."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class Running:
         with display:
             instance = self._wait_until_created(display)
             display.rename(instance.instance_id)
-            ended = self._stay(instance, display)
+            try:
+                ended = self._stay(instance, display)
+            except ConnectionFailed as problem:
+                raise ConnectionFailed(f"{problem}; {goes_on(instance)}") from problem
         return 0 if ended is None else self._say_end(ended)
 
     # -- create ------------------------------------------------------------------------------------------------
@@ -159,15 +164,14 @@ class Running:
         return 0
 
     def _say_failure(self, instance: Instance) -> None:
-        name = instance.instance_id
-        sentence = instance.error.message if instance.error is not None else "nobody saw why"
-        complain(f"{name} {'failed' if instance.ready_at else 'did not start'}: {sentence}")
-        with suppress(BullpenError):
-            lines = last_lines(self._client, name, LAST_LINES)
-            if lines:
-                print(*(f"  | {line}" for line in lines), sep="\n", file=sys.stderr)
-            advice = f"`bullpen logs {name}` has all of its log, `bullpen stop {name}` removes it."
-            print(advice, file=sys.stderr)
+        name, error = instance.instance_id, instance.error
+        if error is None or error.kind in UNEXPLAINED:
+            with suppress(BullpenError):
+                for line in last_lines(self._client, name, LAST_LINES):
+                    print(f"  | {line}", file=sys.stderr)
+        sentence = error.message if error is not None else "nobody saw why"
+        ways = f"`bullpen logs {name}` has the log, `bullpen stop {name}` removes it"
+        complain(f"{name} {'failed' if instance.ready_at else 'did not start'}: {sentence} ({ways})")
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
@@ -203,6 +207,14 @@ def where(instance: Instance) -> tuple[str, ...]:
     name = instance.instance_id
     ways = f"`bullpen logs -f {name}` shows its log, `bullpen stop {name}` stops it."
     return f"\nIt answers at {instance.url}\n", words.curl(instance), f"\n{ways}\n"
+
+
+def goes_on(instance: Instance) -> str:
+    """What becomes of a server whose daemon is gone."""
+    return (
+        f"unless that daemon stopped it, {instance.instance_id} goes on at {instance.url},"
+        " and the next `bullpen serve` adopts it"
+    )
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:

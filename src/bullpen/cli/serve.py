@@ -37,7 +37,7 @@ def serve(
     ] = None,
     grpc_port: Annotated[
         int | None,
-        typer.Option(help="Port of the gRPC service; 0 turns it off. Default: port + 1.", rich_help_panel=LISTEN),
+        typer.Option(help="Reserved for the gRPC service; accepted, not used yet.", rich_help_panel=LISTEN),
     ] = None,
     access_key_file: Annotated[
         Path | None,

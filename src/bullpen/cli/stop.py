@@ -40,7 +40,9 @@ def stop(
       bullpen stop opt-125m
       bullpen stop --all
     """
-    if bool(ids) == everything:
+    if ids and everything:
+        raise WrongUsageError("give ids, or --all, not both")
+    if not ids and not everything:
         raise WrongUsageError("give the ids of instances, or --all for all of them")
     started = time.monotonic()
     stopped, code = [], 0

@@ -40,6 +40,16 @@ def start(instance: Instance, now: datetime) -> str:
     return f"{instance.start or ''} {words.duration(seconds) if seconds is not None else ''}".strip()
 
 
+def url(instance: Instance, now: datetime) -> str:
+    """Where it answers; nowhere any more when it has ended."""
+    return "" if instance.ended else instance.url or ""
+
+
+def pid(instance: Instance, now: datetime) -> str:
+    """Its process; by now another program may have the number of one that has ended."""
+    return "" if instance.ended else str(instance.pid or "")
+
+
 @dataclass(frozen=True)
 class Column:
     """One column.
@@ -62,10 +72,10 @@ COLUMNS = (
     Column("MODEL", lambda instance, now: instance.model or "?", narrow=18),
     Column("STATE", state),
     Column("PHASE", phase, rank=3),
-    Column("URL", lambda instance, now: instance.url or "", rank=1),
+    Column("URL", url, rank=1),
     Column("AGE", age, rank=2, right=True),
     Column("START", start, rank=4),
-    Column("PID", lambda instance, now: str(instance.pid or ""), rank=5, right=True),
+    Column("PID", pid, rank=5, right=True),
     Column("ENGINE", lambda instance, now: instance.engine, rank=6),
 )
 

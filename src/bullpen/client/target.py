@@ -23,10 +23,15 @@ KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
 
 @dataclass(frozen=True)
 class Target:
-    """A daemon's base URL, without a slash at its end, and the key for it."""
+    """A daemon's base URL, without a slash at its end, and the key for it.
+
+    Attributes:
+        was_named: the user gave the URL, by argument or variable; else it was found, or is the default.
+    """
 
     url: str
     access_key: str | None = field(default=None, repr=False)
+    was_named: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -42,11 +47,12 @@ def find(url: str | None = None, access_key: str | None = None, environ: Mapping
     """
     folder = Path(environ.get("BULLPEN_STATE_DIR") or default_state_dir())
     left = read_file(folder / "url")
-    chosen = base_url(url or environ.get("BULLPEN_URL") or left or DEFAULT_URL)
+    named = url or environ.get("BULLPEN_URL")
+    chosen = base_url(named or left or DEFAULT_URL)
     key = access_key or next((environ[name] for name in KEY_VARIABLES if environ.get(name)), None)
-    if key is None and left and same_place(chosen, left):
+    if key is None and same_place(chosen, left or DEFAULT_URL):
         key = read_file(folder / "access_key")
-    return Target(chosen, key)
+    return Target(chosen, key, was_named=bool(named))
 
 
 def base_url(text: str) -> str:

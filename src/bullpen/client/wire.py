@@ -20,6 +20,7 @@ INSTANCES = "/v2/vllm/instances"
 WATCH = f"{INSTANCES}/watch"
 SILENCE_SECONDS = 60.0
 """How long a watch with heartbeats (one every 15 s) may be silent before its connection counts as lost."""
+ID_RULE = "an id is 1 to 128 letters, digits and `._-`, does not begin with a dot and is not `watch`"
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
 
 
@@ -30,7 +31,7 @@ def instance_path(instance_id: str) -> str:
         InvalidRequestError: no instance can have that id, and the path would lead somewhere else.
     """
     if instance_id in ("", "watch") or "/" in instance_id:
-        raise InvalidRequestError(f"no instance can be called {instance_id!r}", field="instance_id")
+        raise InvalidRequestError(f"no instance can be called {instance_id!r}: {ID_RULE}", field="instance_id")
     # Dots are unreserved, but a segment of dots alone would climb up the path.
     return f"{INSTANCES}/{quote(instance_id, safe='', errors='replace').replace('.', '%2E')}"
 
@@ -74,15 +75,20 @@ def transport_errors(target: Target) -> Iterator[None]:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as problem:
         reason = f" ({problem})" if target.url.startswith("https:") else ""
-        raise ConnectionFailed(
-            f"no Bullpen answers at {target.url}{reason}; start one with `bullpen serve`"
-        ) from problem
+        raise ConnectionFailed(f"no Bullpen answers at {target.url}{reason}; {way_out(target)}") from problem
     except httpx.TimeoutException as problem:
         raise TimedOut(f"the daemon at {target.url} does not answer in time; `bullpen doctor` may say why") from problem
     except httpx.RemoteProtocolError as problem:
         raise ConnectionFailed(f"the connection to {target.url} ended in the middle of an answer") from problem
     except httpx.TransportError as problem:
         raise ConnectionFailed(f"the connection to {target.url} broke: {problem}") from problem
+
+
+def way_out(target: Target) -> str:
+    """What to do where nobody answers."""
+    if target.was_named:
+        return "check that URL first, or start a daemon with `bullpen serve`"
+    return "start one with `bullpen serve`, or name it with --url or BULLPEN_URL"
 
 
 def check(target: Target, response: httpx.Response, *expected: int) -> None:

@@ -10,6 +10,7 @@ import json
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,6 @@ from bullpen.node import settings
 
 INTERRUPTED = 130
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-NEXT = (
-    ("bullpen serve", "start the daemon; http://127.0.0.1:8001/docs has its API"),
-    ("bullpen run MODEL", "start a model of yours and watch its phases"),
-    ("bullpen ps, logs, stop", "see what runs, read its log, end it"),
-    ("bullpen doctor", "what is installed here, and what to fix"),
-    ("make bench", "these figures as medians of ten"),
-)
 
 
 @dataclass
@@ -140,8 +133,39 @@ def play(report: Report, cache: Path, keep: bool) -> Findings:
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
     report.summary(findings.cold, findings.started, findings.further)
-    report.next_steps([*NEXT, (f"ls {work}", "the logs")] if keep else NEXT)
+    steps = next_steps(bullpen_command(), engine, paths[0])
+    report.next_steps([*steps, (f"ls {shlex.quote(str(work))}", "the logs")] if keep else steps)
     return findings
+
+
+def next_steps(bullpen: str, engine: Engine, model: Path) -> list[tuple[str, str]]:
+    """Commands to go on with, each with what it is for; they work as they stand.
+
+    Args:
+        bullpen: how the shell finds the command line.
+        engine: the vLLM that was shown.
+        model: one of the demo's.
+    """
+    folder, *options = engine.options(model)
+    return [
+        (f"{bullpen} serve", "start the daemon, in a terminal of its own; http://127.0.0.1:8001/docs has its API"),
+        (
+            f"{bullpen} run {shlex.join([folder, '--', *options])}",
+            "then, in another terminal, the demo's model with the demo's options; put a model of yours in its place\n"
+            "without --enforce-eager vLLM compiles a model first, which a warm parent does not save",
+        ),
+        (f"{bullpen} ps", "see what runs; `logs ID` shows its log, `stop ID` ends it"),
+        (f"{bullpen} doctor", "what is installed here, and what to fix"),
+        ("make bench", "in Bullpen's source tree: medians of several runs, where this demo measured once"),
+    ]
+
+
+def bullpen_command() -> str:
+    """How a shell here runs this very Bullpen's command line."""
+    if shutil.which("bullpen"):
+        return "bullpen"
+    script = Path(sys.executable).with_name("bullpen")
+    return shlex.quote(str(script)) if script.exists() else f"{shlex.quote(sys.executable)} -m bullpen"
 
 
 def compare(report: Report, engine: Engine, model: Path, work: Path) -> Cold:

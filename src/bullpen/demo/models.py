@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,27 @@ def make_models(engine: Engine, folder: Path) -> list[Path]:
     Raises:
         DemoError: the folder cannot be written, or the models cannot be made.
     """
+    paths = [folder / name for name in SEEDS]
+    if not all((path / "config.json").exists() for path in paths):
+        check_folder(folder)
     items = [f"{name}={seed}" for name, seed in SEEDS.items()]
     run(engine.python, str(tiny_models.__file__), str(folder), *items, what="to make the models", seconds=MAKE_SECONDS)
-    return [folder / name for name in SEEDS]
+    return paths
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder that is not there yet, and see whether it can be written.
+
+    Raises:
+        DemoError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as problem:
+        raise DemoError(
+            f"the models cannot be kept in {folder} ({problem.strerror}); give a folder that can be written with --cache"
+        ) from problem
 
 
 def cache_folder(given: Path | None, environ: Mapping[str, str] = os.environ) -> Path:

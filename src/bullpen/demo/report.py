@@ -131,15 +131,18 @@ class Report:
     def summary(self, cold: Cold, started: Sequence[Started], further: int) -> None:
         """The figures this was about."""
         table = self._table("What it comes to")
-        table.add_column("", ratio=1)
-        for name in ("vllm serve, cold", "Bullpen, warm", "ratio"):
+        table.add_column("to the first token", ratio=1)
+        for name in ("", "cold to warm"):
             table.add_column(name, justify="right", no_wrap=True)
+        table.add_row(f"vllm serve {started[0].name}, cold, measured once", duration(cold.first_token), "")
         for one in started:
             ratio = f"{cold.first_token / one.first_token:.0f} to 1"
-            row = (f"{one.name} to its first token", duration(cold.first_token), duration(one.first_token), ratio)
-            table.add_row(*row)
+            table.add_row(f"{one.name} from Bullpen, warm", duration(one.first_token), ratio)
+        table.add_row("")
+        table.add_row(Text("host memory", "bold"))
+        table.add_row(f"vllm serve {started[0].name}, cold", f"{megabytes(cold.memory)} MB", "")
         ratio = f"{cold.memory / further:.1f} to 1"
-        table.add_row("host memory of a further one", f"{megabytes(cold.memory)} MB", f"{megabytes(further)} MB", ratio)
+        table.add_row("a further one from Bullpen, warm", f"{megabytes(further)} MB", ratio)
         self._print(table)
 
     def _table(self, title: str) -> Table:
@@ -150,15 +153,12 @@ class Report:
         self.console.print(Padding(table, (1, 0, 0, INDENT), expand=False))
 
     def next_steps(self, commands: Sequence[tuple[str, str]]) -> None:
-        """Where to go from here."""
-        table = self._table("Next")
-        table.show_header = False
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(ratio=1)
+        """Where to go from here; a command is one line however long it is, to be copied as it stands."""
+        self.console.print(Text("\n  Next", "bold"))
         for command, meaning in commands:
-            table.add_row(Text(command), meaning)
-        self._print(table)
-        self.console.print()
+            for line in meaning.splitlines():
+                self.console.print(Text(f"  # {line}", "dim"), soft_wrap=True)
+            self.console.print(Text(f"  {command}\n", "cyan"), soft_wrap=True)
 
     def failed(self, problem: str) -> None:
         """A step that went wrong."""

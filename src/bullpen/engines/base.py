@@ -21,6 +21,19 @@ class Place:
     gpu_indices: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the daemon knows of a server that has ended, beside its log.
+
+    Attributes:
+        oom_kills: how many processes the kernel's out-of-memory killer has ended since it started; None if unknown.
+    """
+
+    model: str | None
+    port: int | None
+    oom_kills: int | None
+
+
 class Engine(Protocol):
     """How to run one kind of server.
 
@@ -47,5 +60,5 @@ class Engine(Protocol):
     def phases(self) -> PhaseReader:
         """A reader that tells the phases of a start from the log."""
 
-    def failure(self, exit_code: int | None, log_tail: bytes, model: str | None, port: int | None) -> Failure | None:
+    def failure(self, exit_code: int | None, log_tail: bytes, known: Known) -> Failure | None:
         """Why a server ended, from its exit code and the end of its log; None for a normal end."""

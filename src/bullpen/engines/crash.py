@@ -31,6 +31,7 @@ _NATIVE_NAMES = {
     "Segmentation fault": signal.SIGSEGV,
     "Segfault": signal.SIGSEGV,
 }
+_SOMEBODY = "by somebody or some program on this host: the kernel's out-of-memory killer has killed nothing"
 _KERNEL = "by the kernel's out-of-memory killer: look in dmesg, and give the host more free memory"
 
 # What pydantic wraps a refused value in: "1 validation error for ModelConfig\n  Value error, … [type=value_error, …]".
@@ -59,7 +60,7 @@ def classify(
     *,
     model: str | None = None,
     port: int | None = None,
-    memory_limit_hit: bool = False,
+    oom_kills: int | None = None,
 ) -> Failure | None:
     """Say why an instance ended; None for a normal end.
 
@@ -68,20 +69,18 @@ def classify(
         log_tail: the end of its log; 64 KiB suffice, of more the last are read.
         model: what the options call the model, for the sentence.
         port: where the server was to listen, for the sentence.
-        memory_limit_hit: the kernel killed a process of it at its cgroup's memory limit.
+        oom_kills: how many processes the kernel's out-of-memory killer has ended on this host meanwhile; None where
+            that is not known.
     """
     log = postmortem.read(log_tail)
     if exit_code == 0 and log.child is None:
         return None
     known = {"model": model or "the model", "port": f"port {port}" if port else "its port"}
     failure = _from_log(exit_code, log, known) or _from_exit(exit_code, log)
-    if memory_limit_hit and failure.kind in (CrashClass.KILLED, CrashClass.ENGINE_DIED, CrashClass.UNKNOWN):
-        failure = Failure(
-            CrashClass.OUT_OF_MEMORY,
-            "the host memory limit set for it was reached and the kernel killed it; raise the limit, or lower"
-            " --kv-cache-memory-bytes",
-        )
-    return Failure(failure.kind, _sentence(failure.message))
+    message = failure.message
+    if oom_kills == 0:
+        message = message.replace(f"most likely {_KERNEL}", _SOMEBODY)
+    return Failure(failure.kind, _sentence(message))
 
 
 def _from_log(exit_code: int | None, log: Postmortem, known: dict[str, str]) -> Failure | None:
@@ -150,7 +149,7 @@ def _ended_child(log: Postmortem, child: EndedChild) -> Failure:
         return Failure(
             CrashClass.ENGINE_DIED, f"{name} ended with exit code {child.exit_code} and left no reason in the log"
         )
-    return Failure(CrashClass.ENGINE_DIED, f"{name} ended without a word, most likely killed {_KERNEL}")
+    return Failure(CrashClass.ENGINE_DIED, f"{name} ended without a word, killed most likely {_KERNEL}")
 
 
 def _from_exit(exit_code: int | None, log: Postmortem) -> Failure:

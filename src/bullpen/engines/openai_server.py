@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bullpen.engines import crash
-from bullpen.engines.base import Place
+from bullpen.engines.base import Known, Place
 from bullpen.engines.crash import Failure
 from bullpen.engines.phases import PhaseReader
 
@@ -35,6 +35,6 @@ class OpenAIServer:
         """Both engines print vLLM's lines."""
         return PhaseReader()
 
-    def failure(self, exit_code: int | None, log_tail: bytes, model: str | None, port: int | None) -> Failure | None:
+    def failure(self, exit_code: int | None, log_tail: bytes, known: Known) -> Failure | None:
         """Both engines fail with vLLM's lines."""
-        return crash.classify(exit_code, log_tail, model=model, port=port)
+        return crash.classify(exit_code, log_tail, model=known.model, port=known.port, oom_kills=known.oom_kills)

@@ -11,8 +11,8 @@ from typing import Any
 
 from bullpen.errors import BullpenError
 
-BUFFERED_EVENTS = 2000
-"""Events that a watcher may be behind; the contract asks for 1000."""
+BUFFERED_EVENTS = 1000
+"""Events that a watcher may be behind, as many as the contract asks for."""
 QUEUED_LINES = 10_000
 """Lines that a watcher may leave unread before it is cut off."""
 HEARTBEAT_SECONDS = 15.0

@@ -104,6 +104,11 @@ class Creation:
         )
         self._submit(ev.Checked(instance.id, served, leased.pid, process.start_ticks, leased.how))
 
+    async def check(self, config: Config) -> None:
+        """Have the engine read options, in a process that is given back."""
+        leased, _ = await self._lease_and_check(config)
+        leased.give_back()
+
     async def _lease_and_check(self, config: Config) -> tuple[Leased, dict[str, Any]]:
         """A process, and what the engine's parser says in it; where zygote or process dies just then, from another."""
         for _ in range(LEASE_ATTEMPTS - 1):

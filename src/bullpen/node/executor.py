@@ -17,8 +17,9 @@ from typing import Any
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Instance, State
+from bullpen.core.instance import Config, Instance, State
 from bullpen.core.public import public
+from bullpen.engines.base import Known
 from bullpen.engines.crash import CrashClass, Failure
 from bullpen.engines.registry import ENGINES
 from bullpen.errors import LaunchError, StateError
@@ -85,6 +86,10 @@ class Executor:
             else:
                 self._carriers[type(effect)](effect)
 
+    async def check(self, config: Config) -> None:
+        """Have the engine read options. Raises InvalidRequestError where it refuses, LaunchError where it cannot."""
+        await self._creation.check(config)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -149,20 +154,21 @@ class Executor:
             instance = self._instance(instance_id)
             if instance is not None:
                 self._resources.ports.release(instance.key)
-                self._report(instance, ev.Exited(instance_id, code, await self._why(instance, code)))
+                self._report(instance, ev.Exited(instance_id, code, await self._why(instance, handle, code)))
         finally:
             # Not before: until the fleet knows of the end, it may ask for a signal to this descriptor.
             os.close(handle.pidfd)
             handle.pidfd = -1
             handle.ended.set()
 
-    async def _why(self, instance: Instance, code: int | None) -> Failure | None:
+    async def _why(self, instance: Instance, handle: Handle, code: int | None) -> Failure | None:
         """Why a server ended, from its exit code and its log."""
         try:
             tail = await asyncio.to_thread(self._resources.logs.tail, instance.key, TAIL_BYTES)
             model = instance.served.model if instance.served else None
             port = instance.address.port if instance.address else None
-            return ENGINES[instance.config.engine].failure(code, tail, model, port)
+            known = Known(model, port, handle.oom_kills())
+            return ENGINES[instance.config.engine].failure(code, tail, known)
         except Exception:
             logger.exception("reading why %s ended failed; this is a bug in Bullpen", instance.id)
             return Failure(CrashClass.UNKNOWN, f"it ended with exit code {code}; its log may say why")

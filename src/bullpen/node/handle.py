@@ -26,6 +26,25 @@ class Handle:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     kill: asyncio.Task[None] | None = None
+    oom_kills_before: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin to count."""
+        self.oom_kills_before = count_oom_kills()
+
+    def oom_kills(self) -> int | None:
+        """How many processes the kernel's out-of-memory killer has ended on this host since this was made."""
+        now = count_oom_kills()
+        return None if now is None or self.oom_kills_before is None else now - self.oom_kills_before
+
+
+def count_oom_kills() -> int | None:
+    """The kernel's own count; None where it keeps none."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 async def exit_status(handle: Handle) -> int | None:

@@ -43,6 +43,12 @@ class Settings(BaseModel):
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="of the daemon")
     log_cap: int = Field(256 * 1024 * 1024, ge=0, description="bytes kept of each instance's log; 0 keeps all")
 
+    @field_validator("allow_env", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """One text holds several names, separated by commas."""
+        return tuple(map(str.strip, value.split(","))) if isinstance(value, str) else value
+
     @field_validator("state_dir", "access_key_file")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
@@ -92,7 +98,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in Settings.model_fields:
         text = environ.get(PREFIX + name.upper())
         if text:
-            values[name] = tuple(map(str.strip, text.split(","))) if name == "allow_env" else text
+            values[name] = text
     if "access_key" not in values and environ.get("VLLM_ACCESS_KEY"):
         values["access_key"] = environ["VLLM_ACCESS_KEY"]
     return values

@@ -33,8 +33,9 @@ class StateDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         try:
-            # One that exists keeps its mode, for it may be anything (/tmp, say). Every file in it guards itself.
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self._is_our_own():
+                self.path.chmod(0o700)
             self.logs.mkdir(mode=0o700, exist_ok=True)
             self._lock = self._take_lock()
         except OSError as problem:
@@ -50,6 +51,12 @@ class StateDir:
         except StateError:
             self._unlock()
             raise
+
+    def _is_our_own(self) -> bool:
+        """Whether the directory is Bullpen's alone: empty or used before. Another one keeps its mode, for it may be
+        anything (/tmp, say); every file that Bullpen puts there guards itself."""
+        own = self.path.stat().st_uid == os.getuid()
+        return own and (self.journal.exists() or next(self.path.iterdir(), None) is None)
 
     @property
     def journal(self) -> Path:

@@ -83,6 +83,11 @@ class Supervisor:
         """The events."""
         return self.resources.bus
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether the end has begun."""
+        return self._closing
+
     async def start(self) -> None:
         """Warm the engine in the background, and adopt what an earlier daemon left running.
 
@@ -92,8 +97,6 @@ class Supervisor:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._state.leave_key(self.settings.access_key)
         zygotes = self._make_zygotes()
-        with suppress(LaunchError):
-            zygotes.get(self.engine, {})
         journal = Journal(self._state.journal)
         events = journal.events()
         saved = journal.instances()
@@ -122,6 +125,9 @@ class Supervisor:
         )
         self._executor = Executor(self.fleet, self.resources, self.submit, self._answer)
         self._adopt_all(saved)
+        # Not earlier: an import takes all the processor time there is, and what lives must be known first.
+        with suppress(LaunchError):
+            zygotes.get(self.engine, {})
         self._housekeeping = asyncio.ensure_future(self._keep_house())
 
     def _make_zygotes(self) -> Zygotes:
@@ -189,6 +195,15 @@ class Supervisor:
         """
         allowed = self.settings.allow_env
         return request.read_config(options, engine=engine or self.engine, allowed=allowed, **fields)
+
+    async def check(self, config: Config) -> None:
+        """Have the engine's own parser read the options, and start nothing.
+
+        Raises:
+            InvalidRequestError: it refuses them.
+            LaunchError: no process could be made to ask it.
+        """
+        await self._executor.check(config)
 
     async def create(self, config: Config, instance_id: str | None = None) -> Instance:
         """Create an instance; it has been started, and is seen by watchers, when this returns.

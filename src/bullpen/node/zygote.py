@@ -137,7 +137,7 @@ class Zygote:
         path = folder / f"zygote-{os.urandom(4).hex()}.sock"
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with listen(path) as listener, log.open("ab") as output:
+            with listen(path) as listener, open(log, "ab", opener=private) as output:
                 # Before the process exists, so that it finds a client however short this daemon lives.
                 connection.connect(str(path))
                 arguments = ["--engine", self.command.engine, "--spares", str(spares), "--exit-with-client"]
@@ -303,3 +303,8 @@ class ZygoteCommand:
     environment: Mapping[str, str]
     early: tuple[tuple[str, str], ...] = ()
     """The part of the environment that instances asked for and that only counts at import."""
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read."""
+    return os.open(path, flags, 0o600)

@@ -8,7 +8,7 @@ yes                  without, or a wrong one      401 with a challenge
 no                   loopback, Host and Origin    served
                      are this host's own
 no                   loopback, others             403: a web page must not drive the daemon
-no                   remote                       403, unless ``--allow-unauthenticated``
+no                   remote, or behind a proxy    403, unless ``--allow-unauthenticated``
 ==================== ============================ ===========================================================
 
 ``/health`` and ``/ready`` answer anyone, and say nothing more.
@@ -27,6 +27,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "localhost.localdomain"})
 
 UNAUTHORIZED = (
@@ -72,7 +73,8 @@ class Access:
             return None if has_key(headers.get("authorization", ""), self._key) else (401, UNAUTHORIZED)
         if self._open:
             return None
-        if not is_loopback((scope.get("client") or ("", 0))[0]):
+        # A proxy on this host speaks for whoever it names, or hides.
+        if not is_loopback((scope.get("client") or ("", 0))[0]) or any(name in headers for name in PROXY_HEADERS):
             return 403, REMOTE
         origin = headers.get("origin")
         local = is_local_authority(headers.get("host", "")) and (origin is None or is_local_origin(origin))
@@ -121,7 +123,7 @@ def is_local_authority(authority: str) -> bool:
         name = urlsplit(f"//{authority}").hostname
     except ValueError:
         return False
-    return name is not None and (name in LOCAL_NAMES or is_loopback(name))
+    return "@" not in authority and name is not None and (name in LOCAL_NAMES or is_loopback(name))
 
 
 def is_local_origin(origin: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -13,9 +14,12 @@ from typing import Any
 from fastapi import FastAPI
 
 from bullpen import __version__
+from bullpen.errors import LaunchError
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
 from bullpen.web import access, errors, system, v1, v2
+
+logger = logging.getLogger("bullpen")
 
 DESCRIPTION = """
 vLLM servers, forked from a warm parent in under a second, and managed over REST.
@@ -38,10 +42,12 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         if supervisor is None:
             await serving.start()
         app.state.supervisor = serving
+        warm = asyncio.ensure_future(announce_warm(serving))
         try:
             with ending_streams_on_signal(serving):
                 yield
         finally:
+            warm.cancel()
             # What v1 says of an instance that is no more does not outlive a graceful end either.
             v1.remember(serving, None)
             await serving.close()
@@ -52,6 +58,9 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        # FastAPI's own pages load their scripts from the internet, which a GPU box may not reach; see `system.docs`.
+        docs_url=None,
+        redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     for face in (system, v2, v1):
@@ -59,6 +68,18 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
     errors.install(app)
     app.add_middleware(access.Access, key=settings.access_key, allow_unauthenticated=settings.allow_unauthenticated)
     return app
+
+
+async def announce_warm(supervisor: Supervisor) -> None:
+    """Say when instances can be forked, or why they cannot."""
+    for zygote in supervisor.resources.zygotes.all():
+        try:
+            await zygote.wait_until_warm()
+        except LaunchError as problem:
+            if not supervisor.is_closing:
+                logger.error("%s", problem)
+        else:
+            print(f"bullpen: engine {zygote.command.engine} warm in {zygote.warmth.seconds:.1f} s", flush=True)
 
 
 @contextmanager

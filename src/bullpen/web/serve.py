@@ -11,12 +11,11 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from bullpen.errors import LaunchError, StateError
+from bullpen.errors import StateError
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
 from bullpen.web.app import create_app
 
-logger = logging.getLogger("bullpen")
 CLOSE_SECONDS = 2.0
 """What open connections get beyond the stop of the instances, which they may be waiting for."""
 
@@ -69,25 +68,12 @@ async def run(settings: Settings, listener: socket.socket) -> int:
     supervisor = Supervisor(settings)
     await supervisor.start()
     server = Server(settings, supervisor)
-    warm = asyncio.ensure_future(announce_warm(supervisor))
     try:
         await server.serve(sockets=[listener])
     finally:
-        warm.cancel()
         await supervisor.close()
         (settings.state_dir / "url").unlink(missing_ok=True)
     return 0
-
-
-async def announce_warm(supervisor: Supervisor) -> None:
-    """Say when instances can be forked, or why they cannot."""
-    for zygote in supervisor.resources.zygotes.all():
-        try:
-            await zygote.wait_until_warm()
-        except LaunchError as problem:
-            logger.error("%s", problem)
-        else:
-            print(f"bullpen: engine {zygote.command.engine} warm in {zygote.warmth.seconds:.1f} s", flush=True)
 
 
 class Server(uvicorn.Server):
@@ -103,6 +89,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 timeout_graceful_shutdown=int(settings.stop_timeout + CLOSE_SECONDS),
                 server_header=False,
+                proxy_headers=False,  # who calls decides what is allowed, so nobody else may say who calls
             )
         )
 

@@ -43,6 +43,12 @@ async def index(request: Request) -> Response:
     return JSONResponse(INDEX)
 
 
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    """The API as a page, made in the browser from the OpenAPI document."""
+    return HTMLResponse(resources.files("bullpen.web").joinpath("docs.html").read_text(encoding="utf-8"))
+
+
 @router.get("/health", response_model=models.Health, summary="The daemon lives, whatever its instances do")
 async def health() -> Response:
     """Answer anyone."""

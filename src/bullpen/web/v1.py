@@ -43,10 +43,12 @@ async def start(request: Request, config: models.V1Config) -> Response:
     supervisor = supervisor_of(request)
     wanted = supervisor.read_config(**config.model_dump(), face=FACE)
     current = own_instance(supervisor)
-    if current is not None and current.state in ENDED:
-        await supervisor.stop(ID)
-    elif current is not None:
+    if current is not None and current.state not in ENDED:
         raise ConflictError(f"an instance is running already (pid {current.pid}); DELETE /v1/vllm first")
+    if current is not None:
+        await supervisor.check(wanted)  # what is refused must not cost the log of the one that has ended
+        with suppress(NotFoundError):  # another caller was quicker; one of the creates will be refused
+            await supervisor.stop(ID)
     instance = await supervisor.create(wanted, ID)
     remember(supervisor, instance.pid)
     return JSONResponse({"status": "started", "pid": instance.pid})

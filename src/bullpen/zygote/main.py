@@ -15,6 +15,14 @@ from bullpen.zygote import child, worlds
 from bullpen.zygote.preload import ModuleReport, PreloadReport
 from bullpen.zygote.server import Zygote, listen
 
+EPILOG = """\
+example, in two terminals; the first prints where it listens:
+  python -m bullpen.zygote --engine vllm
+  python -m bullpen.zygote.client SOCKET -- --model NAME --port 8000
+
+The module bullpen.zygote.protocol describes what is said over the socket.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a zygote, or (``--channel``) one process that a zygote could not fork."""
@@ -73,6 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bullpen.zygote",
         description="Import an engine once and fork servers from that warm state over a Unix socket.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", required=True, choices=worlds.NAMES, help="what to import")
     parser.add_argument("--socket", type=Path, help="where to listen (a directory of mode 0700; default: a new one)")

@@ -25,6 +25,7 @@ from bullpen.zygote.worlds import World
 
 BACKLOG = 16
 """Clients that may wait to be accepted while one module is being imported."""
+PR_SET_PDEATHSIG = 1
 REFILL_SECONDS = 0.5
 """How long after a lease the next spare is forked, so that the fork does not slow the server that just started."""
 
@@ -117,6 +118,8 @@ class Zygote:
 
     def _warm(self) -> None:
         started = time.monotonic()
+        if self._exit_with_client:
+            end_with_parent(signal.SIGKILL)  # an import may take seconds, and nobody would look at the client
         for name, value in self.world.early_environment.items():
             os.environ.setdefault(name, value)
         self.facts = self.world.preload(self.report, self._module_done)
@@ -125,6 +128,7 @@ class Zygote:
         gc.freeze()
         self.report.seconds = time.monotonic() - started
         self._is_warm = True
+        end_with_parent(None)
         self._tell_all(self._warm_message())
 
     def _module_done(self, module: ModuleReport, done: int, total: int) -> None:
@@ -380,3 +384,8 @@ def is_abandoned(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.setblocking(False)
         return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
+def end_with_parent(number: signal.Signals | None) -> None:
+    """Have the kernel send this process a signal when its parent ends; None: no more."""
+    child.LIBC.prctl(PR_SET_PDEATHSIG, int(number or 0), 0, 0, 0)

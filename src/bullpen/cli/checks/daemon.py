@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from bullpen.cli.checks import GIB, Finding, ok, problem, warning
+from bullpen.cli.checks import GIB, Finding, Level, ok, problem, warning
 from bullpen.cli.words import warming
 from bullpen.client import BullpenClient, ClientError, ConnectionFailed, Unauthorized
+from bullpen.client.target import find
 from bullpen.errors import ConflictError, LaunchError
 from bullpen.node.ports import bind
 from bullpen.node.settings import Settings
@@ -23,13 +24,24 @@ SHOWN = 8
 
 
 def check_daemon(settings: Settings, url: str | None, access_key: str | None) -> list[Finding]:
-    """All of it."""
+    """All of it; only the daemon that ``url`` names where that is another host's, or does not answer."""
+    running = check_running(url, access_key)
+    if url and (any(finding.level is Level.PROBLEM for finding in running) or not is_local(url)):
+        return running
     return [
         *check_state_dir(settings.state_dir),
         check_port(settings),
-        *check_running(url, access_key),
+        *running,
         *check_left_over(settings.state_dir),
     ]
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL leads to this host's loopback."""
+    try:
+        return find(url).is_local
+    except ClientError:
+        return False
 
 
 def check_state_dir(folder: Path) -> list[Finding]:
@@ -91,7 +103,10 @@ def check_running(url: str | None, access_key: str | None) -> list[Finding]:
         with BullpenClient(url, access_key, timeout=ANSWER_SECONDS) as client:
             client.health()
             readiness, instances = client.ready(), client.list().instances
-    except ConnectionFailed:
+    except ConnectionFailed as trouble:
+        if url:
+            advice = "without --url and BULLPEN_URL, doctor looks at the daemon of this host"
+            return [problem("daemon", str(trouble), advice)]
         return [ok("daemon", "none runs; `bullpen serve` starts one")]
     except Unauthorized as trouble:
         return [warning("daemon", str(trouble), "with the key, doctor can say more")]
