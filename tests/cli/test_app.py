@@ -44,8 +44,10 @@ def test_help_of_each_command_has_an_example(capsys: pytest.CaptureFixture[str],
         (["run", "m", "--max-model-len", "9"], "behind `--`"),
         (["run", "m", "--env", "X"], "NAME=VALUE"),
         (["run"], "MODEL"),
+        (["run", "m", "--", "--model", "n"], "the model is named twice"),
+        (["run", "m", "--", "--model=n"], "the model is named twice"),
         (["stop"], "--all"),
-        (["stop", "a", "--all"], "--all"),
+        (["stop", "a", "--all"], "give ids, or --all, not both"),
         (["logs", "a", "-f", "--json"], "--json"),
         (["logs", "a", "--tail", "-1"], "--tail"),
         (["serve", "--port", "99999"], "port"),
@@ -67,8 +69,19 @@ def test_nobody_there_is_one_line_and_exit_code_1(
 ) -> None:
     assert main([*arguments, "--url", "127.0.0.1:9"]) == 1
     shown = capsys.readouterr()
-    assert shown.err == "bullpen: no Bullpen answers at http://127.0.0.1:9; start one with `bullpen serve`\n"
+    advice = "check that URL first, or start a daemon with `bullpen serve`"
+    assert shown.err == f"bullpen: no Bullpen answers at http://127.0.0.1:9; {advice}\n"
     assert shown.out == ""
+
+
+def test_nobody_where_a_daemon_was_found_before(
+    capsys: pytest.CaptureFixture[str], nobody: None, tmp_path: Path
+) -> None:
+    (tmp_path / "nobody").mkdir()
+    (tmp_path / "nobody" / "url").write_text("http://127.0.0.1:9")
+    assert main(["ps"]) == 1
+    advice = "start one with `bullpen serve`, or name it with --url or BULLPEN_URL"
+    assert capsys.readouterr().err == f"bullpen: no Bullpen answers at http://127.0.0.1:9; {advice}\n"
 
 
 def test_reader_that_goes_away_is_no_error(client: BullpenClient) -> None:

@@ -65,6 +65,19 @@ def test_running_daemon_and_its_failed_instance_are_seen(
     assert findings["instances"]["text"] == "1 failed"
 
 
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_named_daemon_that_does_not_answer_is_a_problem(
+    simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    if by == "variable":
+        monkeypatch.setenv("BULLPEN_URL", "http://127.0.0.1:1")
+    assert main(["doctor", "--json", *(["--url", "http://127.0.0.1:1"] if by == "option" else [])]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    told = {finding["subject"]: finding for finding in findings if finding["section"] == "Daemon"}
+    assert set(told) == {"daemon"}, "nothing about the state directory and the port of this host"
+    assert told["daemon"]["level"] == "problem" and "http://127.0.0.1:1;" in told["daemon"]["text"]
+
+
 def test_port_of_another_program_is_a_problem(
     simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,9 @@ def test_ps_without_a_terminal_cuts_nothing(client: BullpenClient, capsys: Outpu
     assert heading.split() == ["ID", "MODEL", "STATE", "URL", "AGE", "START", "PID", "ENGINE"]
     assert first.split()[:4] == [name, f"org/{name}", "ready", ready.url] and str(ready.pid) in first
     assert second.split()[:4] == ["b", "org/b", "failed", "(1)"]
-    failure = client.get("b").error
+    ended = client.get("b")
+    assert str(ended.url) not in second and str(ended.pid) not in second.split()
+    failure = ended.error
     assert failure is not None and error == f"b: {failure.message}"
 
 
@@ -123,6 +125,7 @@ def test_log_is_followed(client: BullpenClient) -> None:
     create(client, "a", BULLPEN_SIM_START_SECONDS="0.5", BULLPEN_SIM_EXIT_AFTER="0.2", BULLPEN_SIM_EXIT_CODE="0")
     done = subprocess.run([*COMMAND, "logs", "a", "-f"], capture_output=True, timeout=30, check=True)
     assert done.stdout == b"".join(chunk.data for chunk in client.log_chunks("a"))
+    assert done.stderr == b"bullpen: a has ended with exit code 0; this was its log\n"
 
 
 def test_ctrl_c_ends_a_follow_quietly(client: BullpenClient, open_terminal: Callable[..., Terminal]) -> None:

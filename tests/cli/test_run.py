@@ -1,6 +1,7 @@
 """``bullpen run``: on a terminal, without one, to a good end and to a bad one, and Ctrl-C in between."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from bullpen.cli import main
 from bullpen.client import BullpenClient
 from tests.cli.terminal import COMMAND, Terminal
-from tests.support.daemon import wait_until
+from tests.support.daemon import Daemon, wait_until
 
 Open = Callable[..., Terminal]
 
@@ -25,11 +26,13 @@ def ids(client: BullpenClient) -> list[str]:
 def test_detached_run_leaves_a_server_that_answers_the_curl_line(
     client: BullpenClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "org/tiny", "-d", "-e", "A=b=c", "--engine", "sim", "--", "--served-model-name", "it's"]) == 0
+    variables = {"A": "b=c", "BULLPEN_SIM_START_SECONDS": "0.8"}
+    given = [word for name, value in variables.items() for word in ("-e", f"{name}={value}")]
+    assert main(["run", "org/tiny", "-d", *given, "--engine", "sim", "--", "--served-model-name", "it's"]) == 0
     shown = capsys.readouterr().out
-    assert "tiny is ready in" in shown and "weights" in shown
+    assert "tiny is ready in" in shown and shown.count("weights") == 1, "a line for each phase, and no table"
     instance = client.get("tiny")
-    assert instance.env_vars == {"A": "b=c"} and instance.model == "org/tiny"
+    assert instance.env_vars == variables and instance.model == "org/tiny"
     assert f"It answers at {instance.url}\n" in shown
     curl = shlex.split(shown[shown.index("curl ") :].partition("\n\n")[0])
     header = dict([curl[curl.index("-H") + 1].split(": ")])
@@ -44,7 +47,15 @@ def test_names_are_free_ones_and_an_id_is_taken_as_given(
         assert main(["run", *arguments, "-d"]) == 0
     assert ids(client) == ["m", "m-2", "other"]
     assert main(["run", "m", "-d", "--id", "other"]) == 1
-    assert "'other' exists" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "'other' exists" in shown and "`bullpen stop other` deletes it" in shown
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", ".a", "watch"])
+def test_wrong_id_is_told_the_rule(client: BullpenClient, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(["run", "m", "-d", "--id", name]) == 1
+    shown = capsys.readouterr().err
+    assert "1 to 128 of A-Z a-z 0-9 . _ -" in shown and shown.count("\n") == 1
 
 
 def test_folder_of_a_model_goes_by_its_full_path(
@@ -67,14 +78,47 @@ def test_json_of_a_failed_start_has_the_error(client: BullpenClient, capsys: pyt
     assert json.loads(capsys.readouterr().out)["error"] == client.get("m").document["error"]
 
 
-def test_failed_start_says_why_and_shows_the_log(client: BullpenClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_start_shows_the_log_and_last_says_why(
+    client: BullpenClient, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", "m", "-e", "BULLPEN_SIM_FAIL=start"]) == 1
     error = client.get("m").error
-    shown = capsys.readouterr().err
-    assert error is not None and f"bullpen: m did not start: {error.message}\n" in shown
-    assert "\n  | " in shown and "RuntimeError" in shown.partition("\n")[2]
-    assert "Traceback (most recent call last)" not in shown.partition("\n")[0]
-    assert "`bullpen stop m`" in shown
+    *excerpt, last = capsys.readouterr().err.splitlines()
+    assert error is not None and error.kind == "error"
+    assert last.startswith(f"bullpen: m did not start: {error.message} (`bullpen logs m` has the log")
+    assert "`bullpen stop m`" in last
+    assert any("RuntimeError" in line for line in excerpt) and all(line.startswith("  | ") for line in excerpt)
+
+
+def test_failure_that_is_explained_needs_no_log(client: BullpenClient) -> None:
+    process = subprocess.Popen([*COMMAND, "run", "m"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any("It answers at" in line for line in iter(process.stdout.readline, ""))
+    pid = client.get("m").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    shown = process.communicate(timeout=30)[1]
+    error = client.get("m").error
+    assert error is not None and error.kind == "killed"
+    assert process.returncode == 1 and shown.count("\n") == 1
+    assert error.message in shown and "`bullpen logs m` has the log" in shown
+
+
+def test_server_outlives_its_daemon_and_run_says_so(
+    start_daemon: Callable[..., Daemon], nobody: None, tmp_path: Path
+) -> None:
+    daemon = start_daemon().wait_warm()
+    process = subprocess.Popen(
+        [*COMMAND, "run", "m", "--url", daemon.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert any("It answers at" in line for line in iter(process.stdout.readline, ""))
+    url = daemon.http.get("/v2/vllm/instances/m").json()["url"]
+    daemon.kill()
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1 and said.count("\n") == 1
+    assert f"m goes on at {url}" in said and "the next `bullpen serve` adopts it" in said
+    start_daemon(daemon.state_dir).end()
 
 
 def test_refused_options_are_one_line(client: BullpenClient, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,7 +167,10 @@ def test_nobody_there_says_how_to_start_one() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with BullpenClient(url) as client, pytest.raises(ConnectionFailed) as caught:
         client.health()
-    assert str(caught.value) == f"no Bullpen answers at {url}; start one with `bullpen serve`"
+    assert (
+        str(caught.value)
+        == f"no Bullpen answers at {url}; check that URL first, or start a daemon with `bullpen serve`"
+    )
 
 
 def test_another_server_is_recognised() -> None:

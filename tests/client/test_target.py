@@ -17,15 +17,18 @@ def left_by_daemon(folder: Path, url: str = "http://127.0.0.1:7001", key: str | 
 
 def test_nothing_known_means_the_default_port(tmp_path: Path) -> None:
     target = find(environ={"BULLPEN_STATE_DIR": str(tmp_path)})
-    assert (target.url, target.access_key) == ("http://127.0.0.1:8001", None)
+    assert (target.url, target.access_key, target.was_named) == ("http://127.0.0.1:8001", None, False)
 
 
 def test_argument_goes_before_environment_before_state_directory(tmp_path: Path) -> None:
     environ = left_by_daemon(tmp_path)
-    assert find(environ=environ).url == "http://127.0.0.1:7001"
+    found = find(environ=environ)
+    assert (found.url, found.was_named) == ("http://127.0.0.1:7001", False)
     environ["BULLPEN_URL"] = "http://127.0.0.1:7002/"
-    assert find(environ=environ).url == "http://127.0.0.1:7002"
-    assert find("127.0.0.1:7003", environ=environ).url == "http://127.0.0.1:7003"
+    found = find(environ=environ)
+    assert (found.url, found.was_named) == ("http://127.0.0.1:7002", True)
+    found = find("127.0.0.1:7003", environ=environ)
+    assert (found.url, found.was_named) == ("http://127.0.0.1:7003", True)
 
 
 def test_key_goes_by_the_same_order(tmp_path: Path) -> None:

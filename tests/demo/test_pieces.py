@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from bullpen.demo import models, processes
 from bullpen.demo.chat import printable
 from bullpen.demo.checks import DemoError, deadline, expect
-from bullpen.demo.main import run
+from bullpen.demo.main import bullpen_command, next_steps, run
 from bullpen.demo.report import branches
 
 
@@ -51,6 +52,28 @@ def test_each_build_of_vllm_gets_options_that_fit() -> None:
     assert on_cpu[:3] == on_gpu[:3] == ("/m/tiny-a", "--served-model-name", "tiny-a")
     assert on_cpu[-2:] == ("--dtype", "float32")
     assert on_gpu[-2] == "--gpu-memory-utilization"
+
+
+def test_what_comes_next_works_as_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bullpen by its full path where the shell would not find it; the model with all that the demo gave it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
+    assert bullpen_command() == f"'{tmp_path}/my env/python' -m bullpen"
+    (tmp_path / "my env").mkdir()
+    (tmp_path / "my env" / "bullpen").touch()
+    assert bullpen_command() == f"'{tmp_path}/my env/bullpen'"
+    (tmp_path / "bullpen").touch(0o755)
+    assert bullpen_command() == "bullpen"
+    engine, model = models.Engine("python", "0.32.0+cpu"), Path("/m/tiny-a")
+    run_command = next_steps("bullpen", engine, model)[1][0]
+    assert shlex.split(run_command) == ["bullpen", "run", "/m/tiny-a", "--", *engine.options(model)[1:]]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """One sentence with the option's name, before any program runs."""
+    (tmp_path / "file").touch()
+    with pytest.raises(DemoError, match=r"cannot be kept in .*/file/x \(Not a directory\).* --cache"):
+        models.make_models(models.Engine("/nowhere", "0.32.0"), tmp_path / "file" / "x")
 
 
 def test_a_step_that_lasts_too_long_is_given_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_serves_the_same(service: Daemon) -> None:
     assert service.http.post("/v1/vllm", json={"options": "m"}).json()["status"] == "started"
     assert service.http.post(INSTANCES, json={"options": ""}).status_code == 422
     assert service.http.get(INSTANCES, headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), (["--port", "1"], 2), (["x"], 2)])
+def test_module_takes_no_arguments(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-m", "bullpen.launcher", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=STOP_SECONDS, check=False)
+    assert done.returncode == code
+    said, silent = (done.stderr, done.stdout) if code else (done.stdout, done.stderr)
+    assert "BULLPEN_*" in said and "`bullpen serve --help`" in said and said.count("\n") == 1 and not silent
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

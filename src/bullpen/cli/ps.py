@@ -20,8 +20,9 @@ def ps(
 ) -> int:
     """List instances: what they serve, how they are, where they answer.
 
-    START tells how the process was made, and how long it then took to be ready: spare, forked warm ahead of the
-    request; fork, forked warm for it; spawn, a fresh interpreter that imported the engine itself.
+    START: how the process was made, and the time it then took to be ready.
+    A spare was forked warm before the request, a fork for the request;
+    a spawn is a fresh interpreter that imported the engine itself.
     A narrow terminal shows fewer columns.
 
     \b

@@ -20,7 +20,7 @@ INSTANCES = "/v2/vllm/instances"
 WATCH = f"{INSTANCES}/watch"
 SILENCE_SECONDS = 60.0
 """How long a watch with heartbeats (one every 15 s) may be silent before its connection counts as lost."""
-ID_RULE = "an id is 1 to 128 letters, digits and `._-`, does not begin with a dot and is not `watch`"
+ID_RULE = "an id has 1 to 128 of A-Z a-z 0-9 . _ -, does not begin with a dot and is not 'watch'"
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
 
 

@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
         raise DemoError(
-            f"the models cannot be kept in {folder} ({problem.strerror}); give a folder that can be written with --cache"
+            f"the models cannot be kept in {folder} ({problem.strerror}); name one that can be written with --cache"
         ) from problem
 
 
