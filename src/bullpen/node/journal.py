@@ -24,7 +24,9 @@ CREATE TABLE IF NOT EXISTS events (revision INTEGER PRIMARY KEY, line TEXT NOT N
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 SCHEMA_VERSION = 1
-KEPT_EVENTS = 2000
+KEPT_EVENTS = 1000
+CACHE_KIB = 256
+"""Memory that SQLite may keep pages in. It reads back at a start alone; its default of 2 MiB would fill slowly."""
 TRIM_EVERY = 256
 CHECKPOINT_EVERY = 500
 """Writes."""

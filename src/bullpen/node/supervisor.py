@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
 HOUSEKEEPING_SECONDS = 2.0
 ENDING = "this daemon is ending; ask again when it is back"
 GPU_SECONDS = 10.0
+THREADS = 4
+"""For short work that would hold up the event loop: scans, kills, names. Each thread costs memory for good."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -95,6 +98,7 @@ class Supervisor:
             StateError: the state directory or the accelerators cannot be used.
         """
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "bullpen"))
         self._state.leave_key(self.settings.access_key)
         zygotes = self._make_zygotes()
         journal = Journal(self._state.journal)
