@@ -14,7 +14,6 @@ from bullpen.errors import StateError
 from bullpen.node.statedir import default_state_dir
 
 PREFIX = "BULLPEN_"
-LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 KEYS = frozenset({"access_key", "access_key_file"})
 
 
