@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from rich.table import Table as RichTable
 
-from bench import adoption, daemon, docs, memory, start
-from bench.common import BenchError, Options, Result
+from bench import adoption, daemon, docs, gpu_checkpoint, gpu_sleep, memory, start, swap
+from bench.common import BenchError, Options, Result, UnavailableError
 
 LATEST = Path(__file__).with_name("results") / "latest.json"
 
@@ -32,6 +32,9 @@ class Name(StrEnum):
     MEMORY = "memory"
     DAEMON = "daemon"
     ADOPTION = "adoption"
+    SWAP = "swap"
+    GPU_SLEEP = "gpu-sleep"
+    GPU_CHECKPOINT = "gpu-checkpoint"
 
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -39,6 +42,9 @@ BENCHMARKS: dict[str, ModuleType] = {
     Name.MEMORY: memory,
     Name.DAEMON: daemon,
     Name.ADOPTION: adoption,
+    Name.SWAP: swap,
+    Name.GPU_SLEEP: gpu_sleep,
+    Name.GPU_CHECKPOINT: gpu_checkpoint,
 }
 
 
@@ -69,8 +75,13 @@ class Shown:
 
 
 def main(
-    names: Annotated[
-        list[Name] | None, typer.Argument(help="what to run; all where none is named", show_default=False)
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar=f"[{'|'.join(Name)}]… [MODEL]…",
+            help="what to run, all where nothing is named; after gpu-sleep, the models that it serves",
+            show_default=False,
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="fewer runs, for a look")] = False,
     json_file: Annotated[
@@ -82,29 +93,47 @@ def main(
 ) -> None:
     """Measure Bullpen beside what you would use instead, and print the tables.
 
-    The newest result of each benchmark is kept in bench/results/latest.json.
+    The newest result of each benchmark is kept in bench/results/latest.json. One that this machine cannot run says so
+    and is no failure: the exit status is 0, and --json has no entry for it.
     """
-    chosen = [name.value for name in names or list(Name)]
+    chosen, models = read_words(words or [])
     console = Console(highlight=False)
     results = read_results()
+    measured = []
     failed = False
     for name in chosen:
         try:
-            results[name] = run(name, quick, console)
+            results[name] = run(name, quick, models, console)
+            measured.append(name)
+        except UnavailableError as problem:
+            console.print(f"{name}: not measured: {plain(str(problem))}")
         except (BenchError, OSError) as problem:
             console.print(f"[red]{name}:[/] {problem}")
             failed = True
         write_json(LATEST, results)
     results = {name: results[name] for name in BENCHMARKS if name in results}
     if json_file is not None:
-        write_json(json_file, {name: results[name] for name in chosen if name in results})
+        write_json(json_file, {name: results[name] for name in measured})
     if write_docs:
-        docs.write(results)
+        docs.write(results, {name: module.TITLE for name, module in BENCHMARKS.items() if name not in results})
         console.print(f"written: {docs.PAGE}")
     raise typer.Exit(1 if failed else 0)
 
 
-def run(name: str, quick: bool, console: Console) -> dict[str, Any]:
+def read_words(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The names of benchmarks, and the models: what follows ``gpu-sleep`` and names no benchmark.
+
+    Raises:
+        typer.BadParameter: another word names no benchmark.
+    """
+    names = [word for word in words if word in BENCHMARKS]
+    models = tuple(word for word in words if word not in BENCHMARKS)
+    if models and Name.GPU_SLEEP not in words[: words.index(models[0])]:
+        raise typer.BadParameter(f"there is no benchmark '{models[0]}'; there are: {', '.join(BENCHMARKS)}")
+    return names or list(BENCHMARKS), models
+
+
+def run(name: str, quick: bool, models: tuple[str, ...], console: Console) -> dict[str, Any]:
     """Run one benchmark, print its tables and return its result as JSON data."""
     machine = docs.machine()
     folder = Path(tempfile.mkdtemp(prefix="bullpen-bench-"))
@@ -115,7 +144,7 @@ def run(name: str, quick: bool, console: Console) -> dict[str, Any]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    options = Options(quick, folder, cache_folder() / "models")
+    options = Options(quick, folder, cache_folder() / "models", models)
     try:
         with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
             progress = Shown(name, console, bars)
@@ -123,6 +152,9 @@ def run(name: str, quick: bool, console: Console) -> dict[str, Any]:
             progress.done()
     except (BenchError, OSError):
         console.print(f"[dim]logs are in {folder}[/]")
+        raise
+    except UnavailableError:
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     show(result, console)

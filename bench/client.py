@@ -47,14 +47,21 @@ def call(method: str, url: str, body: Any = None, timeout: float = 120.0) -> Any
         BenchError: the reply is an error.
         OSError: nobody answers.
     """
+    return json.loads(send(method, url, body, timeout))
+
+
+def send(method: str, url: str, body: Any = None, timeout: float = 120.0) -> bytes:
+    """As `call`, for replies of any kind."""
     data = None if body is None else json.dumps(body)
     with connection(url, timeout) as opened:
-        opened.request(method, urlsplit(url).path or "/", data, {"Content-Type": "application/json"})
+        parts = urlsplit(url)
+        path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
+        opened.request(method, path, data, {"Content-Type": "application/json"})
         reply = opened.getresponse()
         content = reply.read()
     if reply.status >= 400:
         raise BenchError(f"{method} {url} was answered with {reply.status}: {content[:500].decode(errors='replace')}")
-    return json.loads(content)
+    return content
 
 
 def answers(url: str) -> bool:

@@ -14,13 +14,21 @@ class BenchError(Exception):
     """A benchmark cannot go on; the text says what happened and where to look."""
 
 
+class UnavailableError(Exception):
+    """This machine cannot run a benchmark; the text says what is missing."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """How to run: ``quick`` for a look with fewer runs; ``folder`` is temporary, ``models`` a cache that stays."""
+    """How to run: ``quick`` for a look with fewer runs; ``folder`` is temporary, ``models`` a cache that stays.
+
+    ``gpu_models`` are those that the benchmarks on a GPU serve: folders, or names in the local cache of models.
+    """
 
     quick: bool
     folder: Path
     models: Path
+    gpu_models: tuple[str, ...] = ()
 
 
 class Progress(Protocol):

@@ -18,8 +18,8 @@ HEAD = """\
 
 # Performance
 
-What is measured, beside what, and how. `make bench` measures it on your machine in about ten minutes, `make bench
-ARGS=--quick` in two or three; `make bench ARGS="start memory"` runs single benchmarks.
+What is measured, beside what, and how. `make bench` measures it on your machine in a quarter of an hour, `make
+bench ARGS=--quick` in three or four minutes; `make bench ARGS="start memory"` runs single benchmarks.
 
 Machines are noisy and differ: rows compare within one table, which was measured in one run, and ratios say more than
 times. Figures are the median, with the smallest and the largest in brackets.
@@ -56,9 +56,15 @@ def version(distribution: str) -> str:
         return "not installed"
 
 
-def write(results: Mapping[str, Mapping[str, Any]], page: Path = PAGE) -> None:
-    """Write the page; ``results`` by the benchmark's name, as they are kept in JSON."""
-    sections = [HEAD, summary(results), *(section(result) for result in results.values())]
+def write(results: Mapping[str, Mapping[str, Any]], missing: Mapping[str, str], page: Path = PAGE) -> None:
+    """Write the page.
+
+    Args:
+        results: by the benchmark's name, as they are kept in JSON.
+        missing: the titles of benchmarks that have none, by name.
+        page: the file.
+    """
+    sections = [HEAD, summary(results), *map(section, results.values()), *map(not_measured, missing, missing.values())]
     page.parent.mkdir(exist_ok=True)
     page.write_text("\n".join(sections))
 
@@ -83,6 +89,11 @@ def section(result: Mapping[str, Any]) -> str:
         if table["note"]:
             parts += [table["note"], ""]
     return "\n".join(parts)
+
+
+def not_measured(name: str, title: str) -> str:
+    """The section of a benchmark without a result."""
+    return f"## {title}\n\nNot yet measured. `make bench ARGS={name}` does, or says what the machine lacks for it.\n"
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:

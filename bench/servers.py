@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -70,7 +71,7 @@ def vllm_arguments(model: Path, port: int, kv_cache: int = KV_CACHE_BYTES) -> li
     return ["--model", str(model), *VLLM_OPTIONS, "--kv-cache-memory-bytes", str(kv_cache), *listen]
 
 
-def own_server_command(model: Path, port: int) -> list[str]:
+def own_server_command(arguments: list[str]) -> list[str]:
     """vLLM's own entry point: ``vllm serve``, or the module where that command cannot run."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     script = shutil.which("vllm", path=str(Path(sys.executable).parent))
@@ -78,7 +79,7 @@ def own_server_command(model: Path, port: int) -> list[str]:
         # The command looks its own version up under this name; the CPU build is a distribution of another name.
         importlib.metadata.version("vllm")
         command = [script, "serve"] if script else command
-    return [*command, *vllm_arguments(model, port)]
+    return [*command, *arguments]
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -142,13 +143,15 @@ class Program:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def hear(self) -> str:
-        """The next line of its standard output.
+    def hear(self, seconds: float | None = None) -> str:
+        """The next line of its standard output; with a deadline, where it has written no further line yet.
 
         Raises:
-            BenchError: it has ended.
+            BenchError: it has ended, or says nothing in time.
         """
         assert self.process.stdout is not None
+        if seconds is not None and not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise BenchError(f"{self.process.args!r} said nothing for {seconds:.0f} s:\n{self.tail()}")
         line = self.process.stdout.readline()
         if not line:
             raise BenchError(f"{self.process.args!r} ended:\n{self.tail()}")
@@ -184,7 +187,8 @@ class ColdServer(Program):
     def __init__(self, options: Options, model: Path) -> None:
         port = free_port()
         self.url = f"http://{HOST}:{port}"
-        super().__init__(own_server_command(model, port), options.folder / f"cold-{port}.log", environment(options))
+        command = own_server_command(vllm_arguments(model, port))
+        super().__init__(command, options.folder / f"cold-{port}.log", environment(options))
 
 
 class ForkAfterImport(Program):
@@ -286,6 +290,12 @@ class Daemon(Program):
         document = self.instance(instance_id)
         if document["state"] != "ready":
             raise BenchError(f"instance {instance_id} is {document['state']}: {document.get('error')}")
+        return document
+
+    def swap(self, incoming: str, outgoing: str) -> dict[str, Any]:
+        """Swap two instances; return the reply, which comes when the incoming one is ready."""
+        body = {"in": incoming, "out": outgoing}
+        document: dict[str, Any] = call("POST", f"{self.url}/v2/vllm/swap", body, timeout=START_SECONDS)
         return document
 
     def delete(self, instance_id: str) -> None:

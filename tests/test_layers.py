@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "bullpen"
 
-STANDARD_LIBRARY_ROOMS = ("zygote", "sim")
+STANDARD_LIBRARY_ROOMS = ("zygote", "sim", "gate")
 # A world prepares one engine, so its files (worlds/vllm.py, worlds/vllm_*.py) may import that engine.
 ENGINES_OF_A_WORLD = {"vllm": {"torch", "transformers", "vllm"}}
 

@@ -7,6 +7,7 @@ class                        means                                   what to do
 `ConflictError`              another instance stands in the way      stop that one, or choose otherwise
 `NotFoundError`              there is no such instance               list them
 `LaunchError`                the server could not be started         the text says what is missing
+`EngineError`                a server does not do what it is told    the text has its own words
 `StuckError`                 processes outlive SIGKILL               the text names them and their state
 `StateError`                 the state directory cannot be used      the text says why
 ============================ ======================================= ====================================
@@ -43,6 +44,10 @@ class NotFoundError(BullpenError):
 
 class LaunchError(BullpenError):
     """No process could be made for an instance."""
+
+
+class EngineError(BullpenError):
+    """A server did not sleep or wake as it was told, or gave a wrong answer afterwards."""
 
 
 class StuckError(BullpenError):

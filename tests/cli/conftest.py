@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,8 @@ from tests.support.daemon import Daemon
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with Daemon(tmp_path_factory.mktemp("shared"), stop_timeout=1) as daemon:
+    folder = tmp_path_factory.mktemp("shared")
+    with Daemon(folder, stop_timeout=1, mock_gpus=True, mock_gpu_count=2) as daemon:
         yield daemon.wait_ready().wait_warm()
 
 
@@ -39,8 +41,8 @@ def open_terminal() -> Iterator[Callable[..., Terminal]]:
     """Run commands on terminals of their own, which are closed when the test ends."""
     opened: list[Terminal] = []
 
-    def start(*arguments: str, columns: int = 80) -> Terminal:
-        opened.append(Terminal(*arguments, columns=columns))
+    def start(*arguments: str, **options: Any) -> Terminal:
+        opened.append(Terminal(*arguments, **options))
         return opened[-1]
 
     yield start

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from fcntl import ioctl
 from typing import Any
 
@@ -27,26 +28,29 @@ def bullpen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 
 class Terminal:
-    """A command on a terminal of its own; ``text`` is what it has shown, without colours and movements."""
+    """A command on a terminal of its own: ``bullpen`` with these arguments, or another ``command``.
 
-    def __init__(self, *arguments: str, columns: int = 80) -> None:
+    ``text`` is what it has shown, without colours and movements; ``raw`` has them.
+    """
+
+    def __init__(self, *arguments: str, columns: int = 80, command: Sequence[str] = COMMAND) -> None:
         self._master, slave = pty.openpty()
         ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         # Not setsid alone: the terminal must be the command's own, so that Ctrl-C typed there is a signal to it.
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWN_TERMINAL, *COMMAND, *arguments],
+            [sys.executable, "-c", OWN_TERMINAL, *command, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
         )
         os.close(slave)
-        self._raw = b""
+        self.raw = b""
 
     @property
     def text(self) -> str:
         """All that was shown so far."""
-        return ESCAPE.sub("", self._raw.decode(errors="replace"))
+        return ESCAPE.sub("", self.raw.decode(errors="replace"))
 
     def _read(self, seconds: float) -> bool:
         if not select.select([self._master], [], [], max(0.0, seconds))[0]:
@@ -55,7 +59,7 @@ class Terminal:
             data = os.read(self._master, 65536)
         except OSError:  # the other side is closed
             return False
-        self._raw += data
+        self.raw += data
         return bool(data)
 
     def wait_for(self, text: str) -> str:

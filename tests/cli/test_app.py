@@ -50,6 +50,14 @@ def test_help_of_each_command_has_an_example(capsys: pytest.CaptureFixture[str],
         (["stop", "a", "--all"], "give ids, or --all, not both"),
         (["logs", "a", "-f", "--json"], "--json"),
         (["logs", "a", "--tail", "-1"], "--tail"),
+        (["validate", "m", "--max-model-len", "9"], "bullpen validate MODEL -- "),
+        (["validate", "m", "--", "--model", "n"], "the model is named twice"),
+        (["run", "m", "--sleep-after", "soon"], "--sleep-after is a number of seconds"),
+        (["run", "m", "--sleep", "deep"], "--sleep"),
+        (["run", "m", "--gpus", "0"], "--gpus"),
+        (["sleep"], "ID"),
+        (["sleep", "a", "--level", "3"], "--level"),
+        (["swap", "a", "b", "a"], "a cannot come in and go out"),
         (["serve", "--port", "99999"], "port"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
@@ -63,7 +71,24 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert shown.err.startswith("bullpen: ") and shown.err.count("\n") == 1 and hint in shown.err
 
 
-@pytest.mark.parametrize("arguments", [["ps"], ["logs", "a"], ["stop", "a"], ["run", "m"], ["run", "m", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ps"],
+        ["logs", "a"],
+        ["stop", "a"],
+        ["run", "m"],
+        ["run", "m", "--json"],
+        ["sleep", "a"],
+        ["wake", "a"],
+        ["swap", "a", "b"],
+        ["swap", "a", "--json"],
+        ["explain", "a"],
+        ["top", "--once"],
+        ["top", "--json"],
+        ["validate", "m"],
+    ],
+)
 def test_nobody_there_is_one_line_and_exit_code_1(
     capsys: pytest.CaptureFixture[str], nobody: None, arguments: list[str]
 ) -> None:
@@ -143,6 +168,12 @@ def test_flags_arrive_as_they_were_given(served: list[Settings], tmp_path: Path)
         "access-key-file": key,
         "instance-host": "::1",
         "mock-gpu-count": 3,
+        "mock-gpu-memory": 1000,
+        "sleep-timeout": 3.5,
+        "wake-timeout": 4.5,
+        "drain": 5.5,
+        "memory-timeout": 6.5,
+        "turn-timeout": 7.5,
         "stop-timeout": 1.5,
         "start-timeout": 2.5,
         "on-exit": "keep",

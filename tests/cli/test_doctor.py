@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from bullpen.cli import main
-from bullpen.cli.checks import Level, daemon, machine, software
+from bullpen.cli.checks import Level, daemon, gpus, machine, software
 from bullpen.cli.checks.software import Interpreter
-from bullpen.client import BullpenClient
+from bullpen.client import BullpenClient, Gpu
+from bullpen.core.devices import GpuProcess, MemoryUse
+from bullpen.errors import StateError
 from bullpen.node.gpus import mock_gpus
 from bullpen.node.settings import Settings
 from tests.support.daemon import Daemon, wait_until
@@ -141,16 +143,69 @@ def test_processes_of_a_killed_daemon_are_found(start_daemon: Callable[..., Daem
     wait_until(lambda: daemon.check_left_over(first.state_dir) == [])
 
 
+# -- GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def reported(count: int) -> list[Gpu]:
+    return [gpus.as_reported(gpu, MemoryUse(81920, 80000), None) for gpu in mock_gpus(count)]
+
+
 @pytest.mark.parametrize(
-    ("gpus", "platform", "levels"),
-    [(0, "cpu", ["ok"]), (0, "cuda", ["warning"]), (2, "cuda", ["ok", "ok"]), (1, "cpu", ["ok", "warning"])],
+    ("count", "platform", "levels"),
+    [(0, "cpu", ["ok"]), (0, "cuda", ["warning"]), (2, "cuda", []), (1, "cpu", ["warning"])],
 )
-def test_gpus_and_the_build_of_vllm_must_fit(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, platform: str, levels: list[str]
-) -> None:
-    monkeypatch.setattr(software, "nvidia_gpus", lambda: mock_gpus(gpus))
-    findings = software.check_gpus(Interpreter("3.11", "0.32", "2", platform))
+def test_gpus_and_the_build_of_vllm_must_fit(count: int, platform: str, levels: list[str]) -> None:
+    findings = gpus.check_fit(reported(count), Interpreter("3.11", "0.32", "2", platform))
     assert [finding.level for finding in findings] == levels
+
+
+def test_strangers_that_hold_memory_and_silent_gpus_are_warnings() -> None:
+    first, second = mock_gpus(2)
+    use = MemoryUse(81920, 80000, (GpuProcess(4711, 1920, "python3"), GpuProcess(12, None, "")))
+    found = [gpus.as_reported(first, use, None), gpus.as_reported(second, None, "the driver does not say")]
+    seen = [(finding.level, finding.text) for finding in gpus.describe(found, "end it")]
+    assert [level for level, _ in seen] == ["ok", "warning", "warning", "warning"]
+    assert "78.1 GiB of 80.0 GiB are free" in seen[0][1]
+    assert seen[1][1].startswith("1.9 GiB held by process 4711 (python3)")
+    assert seen[2][1].startswith("some memory held by process 12,")
+    assert seen[3][1] == "the driver does not say"
+
+
+class Library:
+    """Stands for the driver's library."""
+
+    gpus = mock_gpus(1)
+
+    def driver_version(self) -> str | None:
+        return "570.1"
+
+    def list_gpus(self) -> list[Any]:
+        return self.gpus
+
+    def memory(self, uuid: str) -> MemoryUse:
+        return MemoryUse(81920, 81000, (GpuProcess(4711, 920, "python3"),))
+
+
+def test_gpus_are_looked_at_without_a_daemon(monkeypatch: pytest.MonkeyPatch, nobody: None) -> None:
+    monkeypatch.setattr(gpus, "Nvml", Library)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    findings = gpus.check_gpus(Settings(), None, "http://127.0.0.1:9", None)
+    assert [(finding.subject, finding.level) for finding in findings] == [
+        ("driver", "ok"),
+        ("GPU 0", "ok"),
+        ("GPU 0", "warning"),
+    ]
+    assert "570.1" in findings[0].text and "4711" in findings[2].text and "bullpen serve" in findings[2].advice
+
+
+def test_driver_that_does_not_work_is_a_problem(monkeypatch: pytest.MonkeyPatch, nobody: None) -> None:
+    class Broken(Library):
+        def driver_version(self) -> str | None:
+            raise StateError("the NVIDIA driver does not answer: version mismatch")
+
+    monkeypatch.setattr(gpus, "Nvml", Broken)
+    findings = gpus.check_gpus(Settings(), None, "http://127.0.0.1:9", None)
+    assert [(finding.level, "mismatch" in finding.text) for finding in findings] == [("problem", True)]
 
 
 def test_default_engine_is_explained() -> None:

@@ -11,6 +11,7 @@ from bullpen.cli import main
 from bullpen.cli.tail import STEP, start_of_last_lines
 from bullpen.client import BullpenClient
 from tests.cli.terminal import COMMAND, Terminal
+from tests.support.daemon import wait_until
 
 Output = pytest.CaptureFixture[str]
 
@@ -61,6 +62,7 @@ def test_ps_for_programs(client: BullpenClient, capsys: Output) -> None:
     create(client, "b")
     client.wait_until_ready("a", 30)
     client.wait_until_ready("b", 30)
+    wait_until(lambda: all(instance.memory for instance in client.list().instances))
     assert main(["ps", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == client.list().document
     assert main(["ps", "-q"]) == 0
@@ -145,7 +147,10 @@ def test_log_for_programs(client: BullpenClient, capsys: Output) -> None:
     assert json.loads(capsys.readouterr().out) == {"instance_id": "a", "log": last, "total": len(whole)}
 
 
-@pytest.mark.parametrize("arguments", [["logs", "nobody"], ["stop", "nobody"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[verb, "nobody"] for verb in ("logs", "stop", "sleep", "wake", "swap", "explain")],
+)
 def test_unknown_instance_leads_to_the_list(client: BullpenClient, capsys: Output, arguments: list[str]) -> None:
     assert main(arguments) == 1
     assert capsys.readouterr().err == "bullpen: no instance 'nobody'; `bullpen ps` lists those there are\n"
@@ -177,14 +182,15 @@ def test_stop_all_and_then_nothing(client: BullpenClient, capsys: Output) -> Non
     assert capsys.readouterr().out == "Nothing to stop: there are no instances.\n"
 
 
-def test_shell_completion_knows_the_ids(client: BullpenClient) -> None:
+@pytest.mark.parametrize("line", ["stop al", "sleep beta al", "wake al", "swap al", "swap beta al", "explain al"])
+def test_shell_completion_knows_the_ids(client: BullpenClient, line: str) -> None:
     create(client, "alpha")
     create(client, "beta")
     environment = {
         **os.environ,
         "_BULLPEN_COMPLETE": "complete_bash",
-        "COMP_WORDS": "bullpen stop al",
-        "COMP_CWORD": "2",
+        "COMP_WORDS": f"bullpen {line}",
+        "COMP_CWORD": str(line.count(" ") + 1),
     }
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.split() == ["alpha"]

@@ -2,17 +2,18 @@
 
 import shlex
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bullpen.cli import words
-from bullpen.cli.table import GAP, layout
+from bullpen.cli.table import GAP, Context, layout
 from bullpen.client import Instance, ZygoteState
 from bullpen.core.request import check_id
 
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
+NOW = Context(datetime(2026, 1, 1, tzinfo=UTC), {"GPU-0": 0, "GPU-1": 1})
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,45 @@ def test_warming_says_how_far() -> None:
     assert "no such file" in words.warming(ZygoteState(engine="vllm", state="broken", error="no such file"))
 
 
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"state": "ready"}, "ready"),
+        ({"state": "sleeping", "sleep_level": 2}, "sleeping 2"),
+        ({"state": "sleeping", "sleep_emulated": True}, "sleeping (emulated)"),
+        ({"state": "sleeping"}, "sleeping"),
+    ],
+)
+def test_state_says_how_deep_it_sleeps(document: dict[str, Any], text: str) -> None:
+    assert words.state(Instance.read({"instance_id": "a", **document})) == text
+
+
+def test_doing_is_what_it_waits_for_else_the_stage() -> None:
+    activity = {"doing": "wake", "stage": "queued", "reason": "asked to", "waits_for": "for 'b' on GPU 0"}
+    assert words.doing(Instance.read({"instance_id": "a", "activity": activity})) == "waits for 'b' on GPU 0"
+    assert words.doing(Instance.read({"instance_id": "a", "activity": {**activity, "waits_for": None}})) == "queued"
+    assert words.doing(Instance.read({"instance_id": "a"})) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (0, ""), (-3, ""), (0.2, "about 1 s left"), (12.4, "about 12 s left"), (95, "about 1 min 35 s left")],
+)
+def test_time_left_is_told_only_where_it_is_known(seconds: float | None, text: str) -> None:
+    assert words.time_left(seconds) == text
+
+
+@pytest.mark.parametrize(("mib", "text"), [(0, "0 MiB"), (1023, "1023 MiB"), (81920, "80.0 GiB")])
+def test_amount_of_memory(mib: int, text: str) -> None:
+    assert words.mib(mib) == text
+
+
 instances = st.builds(
     lambda name, model, state, url: Instance.read(
         {
             "instance_id": name,
+            "assigned_gpus": ["GPU-0", "GPU-1"],
+            "sleep_emulated": True,
             "model": model,
             "state": state,
             "url": url,
@@ -114,7 +150,7 @@ instances = st.builds(
     ),
     st.text("abc-", min_size=1, max_size=128),
     st.text("xyz/", max_size=200),
-    st.sampled_from(["starting", "ready", "failed"]),
+    st.sampled_from(["starting", "ready", "sleeping", "failed"]),
     st.sampled_from([None, "http://127.0.0.1:20000", "http://[fd00::1234:5678]:20000"]),
 )
 
@@ -136,3 +172,18 @@ def test_usual_table_has_the_url_at_80_columns() -> None:
     headings = [one.column.heading for one in layout(listed, NOW, 80)]
     assert "URL" in headings and "PID" not in headings
     assert "PID" in [one.column.heading for one in layout(listed, NOW, 120)]
+
+
+def test_table_tells_levels_gpus_and_memory_at_80_columns() -> None:
+    document = {
+        "instance_id": "Llama-3.1-70B-Instruct",
+        "model": "meta-llama/Llama-3.1-70B-Instruct",
+        "state": "sleeping",
+        "sleep_level": 1,
+        "assigned_gpus": ["GPU-1", "GPU-0", "GPU-gone"],
+        "memory": {"awake": {"gpu_mib": 70000, "host_mib": 1}, "level_1": {"gpu_mib": 1500, "host_mib": 2}},
+        "url": "http://127.0.0.1:20000",
+    }
+    columns = {one.column.heading: one.cells for one in layout([Instance.read(document)], NOW, 80)}
+    assert columns["STATE"] == ["sleeping 1"] and columns["GPU"] == ["1,0,GPU-gone"]
+    assert columns["GPU MiB"] == ["1500"]

@@ -124,7 +124,7 @@ def test_unknown_gpu_is_refused_with_those_that_exist() -> None:
     assert isinstance(error, InvalidRequestError)
     assert error.field == "gpu_uuids"
     assert "'GPU-9'" in str(error)
-    assert "GPU-0, GPU-1" in str(error)
+    assert "GPU-0 (index 0), GPU-1 (index 1)" in str(error)
     assert scene.fleet.instances == {}
     assert scene.fleet.gpu_owner("GPU-0") is None
 
@@ -310,6 +310,16 @@ def test_gpu_is_given_back_only_when_no_process_is_left() -> None:
     scene.tree_gone()
     assert scene.fleet.gpu_owner("GPU-0") is None
     assert kinds(scene.create("b", gpus=["GPU-0"])) == ["Check"]
+
+
+def test_start_beside_sleepers_that_keep_too_much_names_them() -> None:
+    scene = Scenario()
+    scene.asleep("a")
+    scene.measured(25_000, 1_000, "a")
+    scene.create("b", gpus=["GPU-0"])
+    scene.checked("b")
+    assert kinds(scene.port_ready("b")) == ["Discard", "Reply"]
+    assert "60000 are needed and 25000 are kept by 'a'" in str(scene.error())
 
 
 def test_instances_that_claim_no_gpu_do_not_meet() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bullpen.core import effects as fx
-from bullpen.core.fleet import START_TIMER
 from bullpen.core.instance import State
+from bullpen.core.launching import START_TIMER
 from bullpen.engines.crash import CrashClass
 from bullpen.errors import LaunchError
 from tests.core.scenario import CRASH, START_TIMEOUT, Scenario, kinds
@@ -39,7 +39,9 @@ def test_ready_when_the_server_says_so() -> None:
     scene = Scenario()
     instance = scene.reach(State.STARTING)
     scene.phase("bind", 0.97)
-    assert scene.answered() == [fx.ClearTimers("a"), fx.Save("a"), fx.PublishState(instance)]
+    effects = scene.answered()
+    assert effects[:3] == [fx.ClearTimers("a"), fx.Save("a"), fx.PublishState(instance)]
+    assert kinds(effects[3:]) == ["SaveProfile", "Measure"]
     assert instance.state is State.READY
     assert (instance.phase, instance.progress, instance.ready_at) == (None, 1.0, scene.now)
     assert scene.fleet.revision == instance.revision == 1

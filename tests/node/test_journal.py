@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bullpen.core.instance import Address, Config, Instance, Served, State
+from bullpen.core.instance import Address, Config, Depth, Instance, Ladder, Memory, Note, Served, State, WarmUp
+from bullpen.core.profile import Profile, Verdict
 from bullpen.engines.crash import CrashClass, Failure
 from bullpen.errors import StateError
 from bullpen.node import journal as journal_module
@@ -22,11 +23,44 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBERS = st.floats(0, 4e9)
 TEXTS = st.dictionaries(TEXT, TEXT, max_size=3)
 WORDS = st.lists(TEXT, max_size=4).map(tuple)
+TIMES = st.none() | NUMBERS
 CONFIGS = st.builds(
-    Config, TEXT, WORDS, st.none() | TEXTS, st.none() | WORDS, st.none() | TEXTS, st.sampled_from(["vllm", "sim"]), TEXT
+    Config,
+    TEXT,
+    WORDS,
+    st.none() | TEXTS,
+    st.none() | WORDS,
+    st.none() | TEXTS,
+    st.sampled_from(["vllm", "sim"]),
+    TEXT,
+    gpus=st.none() | st.integers(1, 8),
+    gpu_share=st.none() | st.floats(0.01, 1),
+    sleep=st.sampled_from([None, "engine", "emulate", "off"]),
+    ladder=st.builds(Ladder, TIMES, TIMES, TIMES, st.booleans(), st.integers(-9, 9)),
+    warm_up=st.none() | st.builds(WarmUp, TEXT, TEXT),
 )
 SERVED = st.builds(
-    Served, TEXT, WORDS, st.none() | st.integers(0, 65535), st.none() | TEXT, st.none() | TEXT, st.booleans()
+    Served,
+    TEXT,
+    WORDS,
+    st.none() | st.integers(0, 65535),
+    st.none() | TEXT,
+    st.none() | TEXT,
+    st.booleans(),
+    version=TEXT,
+    cannot_sleep=st.none() | TEXT,
+    utilization=st.none() | st.floats(0, 1),
+    weights_mib=st.none() | st.integers(0, 2**30),
+)
+MEMORY = st.builds(Memory, st.none() | st.integers(0, 2**30), st.none() | st.integers(0, 2**30))
+DEPTHS = st.sampled_from([int(depth) for depth in Depth])
+PROFILES = st.builds(
+    Profile,
+    memory=st.dictionaries(DEPTHS, MEMORY, max_size=3),
+    phases=st.dictionaries(TEXT, NUMBERS, max_size=3),
+    sleep_seconds=st.dictionaries(DEPTHS, NUMBERS, max_size=3),
+    wake_seconds=st.dictionaries(DEPTHS, NUMBERS, max_size=3),
+    verdicts=st.dictionaries(DEPTHS, st.builds(Verdict, st.booleans(), TEXT, NUMBERS), max_size=3),
 )
 ADDRESSES = st.builds(Address, TEXT, st.none() | st.integers(0, 65535), st.none() | TEXT, st.booleans())
 INSTANCES = st.builds(
@@ -48,6 +82,16 @@ INSTANCES = st.builds(
     ready_at=st.none() | NUMBERS,
     ended_at=st.none() | NUMBERS,
     exit_code=st.none() | st.integers(-64, 255),
+    attempt=st.integers(1, 99),
+    expected_ready_at=st.none() | NUMBERS,
+    gpus=WORDS,
+    can_sleep=st.booleans(),
+    depth=st.sampled_from(Depth),
+    heading=st.none() | st.sampled_from(Depth),
+    canary=st.none() | TEXT,
+    memory=st.dictionaries(st.sampled_from([int(depth) for depth in Depth]), MEMORY, max_size=3),
+    last_used=st.none() | NUMBERS,
+    notes=st.lists(st.builds(Note, NUMBERS, TEXT), max_size=3),
     error=st.none() | st.builds(Failure, st.sampled_from(CrashClass), TEXT),
     tree_gone=st.booleans(),
     listed=st.booleans(),
@@ -218,3 +262,22 @@ def test_a_full_disk(tmp_path: Path) -> None:
         again.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@given(profile=PROFILES)
+@settings(max_examples=50, deadline=None)
+def test_profiles_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, profile: Profile) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal.db"
+    first = Journal(path)
+    first.save_profile("vllm|0.32|m", Profile())
+    first.save_profile("vllm|0.32|m", profile)
+    first.close()
+    assert Journal(path).profiles() == {"vllm|0.32|m": profile}
+
+
+def test_a_profile_that_cannot_be_read_is_forgotten(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    journal.save_profile("good", Profile(phases={"ready": 1.0}))
+    with sqlite3.connect(tmp_path / "journal.db") as db:
+        db.execute("INSERT INTO profiles VALUES ('odd', '{\"memory\": 7}')")
+    assert list(journal.profiles()) == ["good"]

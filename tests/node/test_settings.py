@@ -167,3 +167,16 @@ def test_every_setting_is_described() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
     assert os.fspath(Settings().state_dir)
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"), [("512", 512), ("512MiB", 512), ("64GiB", 65536), ("64 g", 65536), ("1.5T", 1572864), ("0", 0)]
+)
+def test_sizes_have_units(text: str, mib: int) -> None:
+    assert load({}, environ={"BULLPEN_HOST_MEMORY_BUDGET": text}).limits().host_mib == mib
+
+
+@pytest.mark.parametrize("text", ["much", "12XiB", "-1", "1 GiB of it"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(StateError, match="BULLPEN_HOST_MEMORY_BUDGET"):
+        load({}, environ={"BULLPEN_HOST_MEMORY_BUDGET": text})

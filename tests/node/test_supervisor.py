@@ -14,10 +14,11 @@ import pytest
 from bullpen.core.instance import Config, Instance, State
 from bullpen.errors import InvalidRequestError, LaunchError, StateError
 from bullpen.node import supervisor as supervisor_module
+from bullpen.node.adoption import BOOT_ID
 from bullpen.node.bus import RevisionGoneError, encode
 from bullpen.node.journal import Journal
 from bullpen.node.settings import Settings
-from bullpen.node.supervisor import BOOT_ID, Supervisor
+from bullpen.node.supervisor import Supervisor
 from bullpen.node.trees import read_process
 from bullpen.node.zygote import Leased, Zygote
 from tests.node.conftest import Servers, is_alive

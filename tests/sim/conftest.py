@@ -1,4 +1,4 @@
-"""One simulator that most tests of the API share: they leave it awake and idle."""
+"""One simulator that most tests of the API share: they leave it awake, idle and with its weights."""
 
 from collections.abc import Iterator
 
@@ -16,6 +16,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
         "two",
         "--max-model-len",
         "4096",
+        "--enable-sleep-mode",
         sleep_seconds=0,
         wake_seconds=0,
         tokens_per_second=20_000,

@@ -41,14 +41,16 @@ def is_alive(pid: int) -> bool:
 
 
 class Simulator:
-    """Starts `python -m bullpen.sim` on a port of the kernel's choice; leaves no process behind."""
+    """Starts `python -m bullpen.sim` on a port of the kernel's choice; leaves no process behind.
+
+    A name of `environment` in capitals is a variable's own; others are vLLM's (`vllm_...`) or the simulator's.
+    """
 
     def __init__(self, directory: Path, *arguments: str, **environment: object) -> None:
-        names = {
-            name.upper() if name.startswith("vllm_") else f"BULLPEN_SIM_{name.upper()}": name for name in environment
-        }
+        names = {_variable(name): name for name in environment}
         self.log_path = directory / f"sim-{len(list(directory.iterdir()))}.log"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("BULLPEN_", "VLLM_"))}
+        foreign = ("BULLPEN_", "VLLM_", "CUDA_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bullpen.sim", *arguments],
@@ -159,6 +161,12 @@ class Simulator:
         for pid in filter(_is_ours, pids):
             os.kill(pid, signal.SIGKILL)
             wait_for("the engine child is gone", partial(_is_dead, pid))
+
+
+def _variable(name: str) -> str:
+    if name.isupper():
+        return name
+    return name.upper() if name.startswith("vllm_") else f"BULLPEN_SIM_{name.upper()}"
 
 
 def _is_dead(pid: int) -> bool:

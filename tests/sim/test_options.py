@@ -65,6 +65,24 @@ def test_max_model_len(text: str, tokens: int | None) -> None:
     assert parse(["m", "--max-model-len", text]).max_model_len == tokens
 
 
+@pytest.mark.parametrize(
+    ("line", "devices", "utilization", "pooling"),
+    [
+        ("m", 1, None, False),
+        ("m -tp 2 --gpu-memory-utilization 0.5", 2, 0.5, False),
+        ("m --tensor_parallel_size=2 -pp 3 -dp 4 --runner pooling", 24, None, True),
+        ("m --device-memory-utilization 1 --runner generate", 1, 1, False),
+        ("m --pipeline-parallel-size 2 --convert embed", 2, None, True),
+        ("m --task embed", 1, None, True),
+        ("m --task generate", 1, None, False),
+        ("m -tp 4 --tensor-parallel-size 2", 2, None, False),
+    ],
+)
+def test_what_the_model_needs_and_is(line: str, devices: int, utilization: float | None, pooling: bool) -> None:
+    options = parse(line.split())
+    assert (options.devices, options.utilization, options.pooling) == (devices, utilization, pooling)
+
+
 def test_secrets_are_not_kept_for_the_log() -> None:
     options = parse(["m", "--api-key", "sesame", "--hf-token=token", "--dtype", "float32"])
     given = dict(options.given)
@@ -91,6 +109,10 @@ def test_secrets_are_not_kept_for_the_log() -> None:
         ("m --compilation-config {bad", "--compilation-config: the value is not valid JSON"),
         ("m --hf-overrides='{\"a\": }'", "--hf-overrides: the value is not valid JSON"),
         ("m -cc {", "-cc: the value is not valid JSON"),
+        ("m -tp 0", "--tensor-parallel-size: '0' is no number of devices"),
+        ("m -dp two", "--data-parallel-size: 'two'"),
+        ("m --gpu-memory-utilization 1.5", "--gpu-memory-utilization: '1.5'"),
+        ("m --gpu-memory-utilization nan", "--gpu-memory-utilization: 'nan'"),
         ("m --help", "--help starts no server"),
         ("--version", "--version starts no server"),
     ],

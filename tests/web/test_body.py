@@ -202,7 +202,7 @@ def test_gpu_that_is_not_there(shared: Daemon) -> None:
     (problem,) = refused(shared, gpu_uuids=["GPU-0", "GPU-7"])
     assert problem["loc"] == ["body", "gpu_uuids"]
     assert "'GPU-7'" in problem["msg"]
-    assert "GPU-0, GPU-1" in problem["msg"]
+    assert "GPU-0 (index 0), GPU-1 (index 1)" in problem["msg"]
 
 
 def test_gpu_named_twice(shared: Daemon) -> None:

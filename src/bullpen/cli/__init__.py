@@ -16,8 +16,8 @@ from typing import Annotated
 import typer
 
 from bullpen import __version__
-from bullpen.cli import demo, doctor, logs, ps, run, serve, stop
-from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain, explain
+from bullpen.cli import demo, doctor, explain, logs, ps, run, serve, sleep, stop, swap, top, validate
+from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain, sentence
 from bullpen.errors import BullpenError
 
 app = typer.Typer(
@@ -34,7 +34,13 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "run": run.run,
     "ps": ps.ps,
     "logs": logs.logs,
+    "top": top.top,
+    "explain": explain.explain,
+    "sleep": sleep.sleep,
+    "wake": sleep.wake,
+    "swap": swap.swap,
     "stop": stop.stop,
+    "validate": validate.validate,
     "doctor": doctor.doctor,
     "demo": demo.demo,
 }
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(str(problem))
         return 2
     except BullpenError as problem:
-        complain(explain(problem))
+        complain(sentence(problem))
         return 1
     except BrokenPipeError:
         # Whoever read our output has gone. What is left in the buffer must not be tried again at exit.
@@ -88,6 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def hint_for(text: str, arguments: Sequence[str]) -> str:
     """What to try after a usage error."""
     name = next((word for word in arguments if not word.startswith("-")), "")
-    if name == "run" and text.startswith("No such option"):
-        return "vLLM's own options go behind `--`, as in `bullpen run MODEL -- --max-model-len 4096`."
+    if name in ("run", "validate") and text.startswith("No such option"):
+        return f"vLLM's own options go behind `--`, as in `bullpen {name} MODEL -- --max-model-len 4096`."
     return f"See `bullpen {name} --help`." if name in COMMANDS else "See `bullpen --help`."

@@ -62,6 +62,24 @@ KeyOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+LevelOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="1|2",
+        min=1,
+        max=2,
+        help="How deep: 1 keeps the weights in host memory, 2 discards them. Default: the lightest that works.",
+    ),
+]
+DrainOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS", min=0, help="How long requests in flight may take to end. Default: the daemon's --drain."
+    ),
+]
+RefuseOption = Annotated[
+    bool, typer.Option("--refuse", help="Answer new requests with 503 instead of holding them until it is awake.")
+]
 
 
 def connect(url: str | None, access_key: str | None) -> BullpenClient:
@@ -76,21 +94,41 @@ def complain(text: str) -> None:
     print(f"bullpen: {text}", file=sys.stderr)
 
 
-def explain(problem: BullpenError) -> str:
+def sentence(problem: BullpenError) -> str:
     """An error's sentence, with the way out that this command line has."""
     from bullpen.client import Refused
 
     if isinstance(problem, Refused) and problem.status == 404:
         return f"{problem}; `bullpen ps` lists those there are"
-    if isinstance(problem, Refused) and problem.status == 409 and "; delete " in str(problem):
+    if isinstance(problem, Refused) and problem.status == 409:
         owner = re.search(r"instance '([^']+)'", str(problem))
-        return f"{problem}; `bullpen stop {owner[1] if owner else 'ID'}` deletes it"
+        name = owner[1] if owner else "ID"
+        if "put it to sleep" in str(problem):
+            return f"{problem}; `bullpen sleep {name}` puts it to sleep, `bullpen stop {name}` deletes it"
+        if "; delete " in str(problem):
+            return f"{problem}; `bullpen stop {name}` deletes it"
     return str(problem)
 
 
 def print_json(document: Any) -> None:
     """Print one JSON document."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def in_background(work: Callable[[], None], over: threading.Event) -> None:
+    """Do something in a thread that does not keep the command from ending.
+
+    Once ``over`` is set, the client is closed under it, and whatever that raises there is no matter.
+    """
+
+    def do() -> None:
+        try:
+            work()
+        except Exception:
+            if not over.is_set():
+                raise
+
+    threading.Thread(target=do, daemon=True).start()
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | BullpenError]]:

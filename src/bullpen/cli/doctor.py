@@ -49,8 +49,9 @@ def examine(config: Path | None, url: str | None, access_key: str | None) -> lis
     """Make every check, section by section."""
     from bullpen.cli.checks import problem
     from bullpen.cli.checks.daemon import check_daemon
+    from bullpen.cli.checks.gpus import check_gpus
     from bullpen.cli.checks.machine import check_machine
-    from bullpen.cli.checks.software import check_software
+    from bullpen.cli.checks.software import check_software, look_into
     from bullpen.node.settings import Settings, load
 
     sections: list[tuple[str, list[Finding]]] = []
@@ -60,7 +61,9 @@ def examine(config: Path | None, url: str | None, access_key: str | None) -> lis
         advice = "correct it; what follows was looked at with the defaults"
         sections.append(("Settings", [problem("settings", str(trouble), advice)]))
         settings = Settings()
-    sections.append(("Software", guarded(lambda: check_software(settings))))
+    interpreter = look_into(settings.engine_python)
+    sections.append(("Software", guarded(lambda: check_software(settings, interpreter))))
+    sections.append(("GPUs", guarded(lambda: check_gpus(settings, interpreter, url, access_key))))
     sections.append(("Machine", guarded(check_machine)))
     sections.append(("Daemon", guarded(lambda: check_daemon(settings, url, access_key))))
     return sections

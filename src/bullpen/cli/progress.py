@@ -38,6 +38,7 @@ class StartDisplay:
         self._zygote: ZygoteState | None = None
         self._instance: Instance | None = None
         self._origin = self._asked_at
+        self._expected_at: float | None = None
         self._told: set[str] = set()
         animated = console.is_terminal and not console.is_dumb_terminal
         self._live = self._new_live(FRAMES_PER_SECOND) if animated else None
@@ -68,11 +69,14 @@ class StartDisplay:
         if self._instance is None or instance.phases != self._instance.phases:
             # The daemon's clock counts from the start; the newest phase began just now on ours.
             self._origin = time.monotonic() - max(instance.phases.values(), default=0.0)
+        left = instance.remaining_seconds
+        self._expected_at = None if left is None else time.monotonic() + left
         self._instance = instance
         if instance.state == "starting" and instance.phase and instance.phase != "ready":
-            self._tell(f"{self._name}: {words.phase(instance.phase)}")
+            waits = (words.doing(instance) or "waits") if instance.phase == "waiting" else ""
+            self._tell(f"{self._name}: {waits or words.phase(instance.phase)}")
         elif instance.state not in ("starting", "ready"):
-            self._tell(f"{self._name} is {instance.state}")
+            self._tell(f"{self._name} is {words.state(instance)}")
 
     def ready(self, instance: Instance, *parts: RenderableType) -> None:
         """Leave the summary of a start that has come to its end, and ``parts`` below it; then show how it is."""
@@ -107,9 +111,12 @@ class StartDisplay:
         if instance.state != "starting":
             return self._render_state(instance)
         elapsed = now - self._origin
+        left = words.time_left(None if self._expected_at is None else self._expected_at - now)
         return Group(
-            self._heading("is starting", elapsed),
-            bar(instance.progress or 0.0, f"{100 * (instance.progress or 0.0):.0f} %"),
+            self._heading(
+                (words.doing(instance) or "waits") if instance.phase == "waiting" else "is starting", elapsed
+            ),
+            bar(instance.progress or 0.0, f"{100 * (instance.progress or 0.0):.0f} %  {left}"),
             phase_table(instance, elapsed, running=True),
         )
 
@@ -130,7 +137,7 @@ class StartDisplay:
     def _render_state(self, instance: Instance) -> RenderableType:
         colour = words.COLOURS.get(instance.state, "")
         how_long = f" for {words.age(since(instance))}" if instance.state == "ready" else ""
-        line = Text.assemble(("● ", colour), (self._name, "bold"), " is ", (instance.state, colour), how_long)
+        line = Text.assemble(("● ", colour), (self._name, "bold"), " is ", (words.state(instance), colour), how_long)
         return line.append("  Ctrl-C offers to stop it", "dim")
 
     def __enter__(self) -> StartDisplay:

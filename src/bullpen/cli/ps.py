@@ -9,7 +9,7 @@ import typer
 from bullpen.cli.common import JsonOption, KeyOption, UrlOption, connect, print_json
 
 if TYPE_CHECKING:
-    from bullpen.client import InstanceList, Readiness
+    from bullpen.client import GpuReport, InstanceList, Readiness
 
 
 def ps(
@@ -18,7 +18,11 @@ def ps(
     url: UrlOption = None,
     access_key: KeyOption = None,
 ) -> int:
-    """List instances: what they serve, how they are, where they answer.
+    """List instances: what they serve, how they are, which GPUs they have, where they answer.
+
+    A sleeping one is shown with its level: 1 keeps the weights in host memory, 2 has discarded them.
+    GPU MiB: what it was measured to hold on each of its GPUs, as it is now.
+    Below the table: programs that hold memory on a GPU and belong to no instance.
 
     START: how the process was made, and the time it then took to be ready.
     A spare was forked warm before the request, a fork for the request;
@@ -38,19 +42,19 @@ def ps(
             for instance in found.instances:
                 print(instance.instance_id)
         else:
-            show(found, client.ready())
+            show(found, client.ready(), client.gpus())
     return 0
 
 
-def show(found: InstanceList, readiness: Readiness) -> None:
+def show(found: InstanceList, readiness: Readiness, report: GpuReport) -> None:
     """Print the table, and what is worth a line of its own."""
     from datetime import UTC, datetime
 
     from rich.text import Text
 
-    from bullpen.cli import words
+    from bullpen.cli import gpus, words
     from bullpen.cli.console import new_console
-    from bullpen.cli.table import instance_table
+    from bullpen.cli.table import Context, instance_table
 
     console = new_console()
     for zygote in readiness.zygotes:
@@ -60,10 +64,13 @@ def show(found: InstanceList, readiness: Readiness) -> None:
         one = readiness.waiting == 1
         console.print(f"{readiness.waiting} {'create waits' if one else 'creates wait'} to be started")
     instances = found.instances
-    if not instances:
+    if instances:
+        context = Context(datetime.now(UTC), gpus.indices(report))
+        console.print(instance_table(instances, context, console.width if console.is_terminal else None))
+    else:
         print("No instances. `bullpen run MODEL` starts one.")
-        return
-    console.print(instance_table(instances, datetime.now(UTC), console.width if console.is_terminal else None))
     for instance in instances:
         if instance.error is not None:
             console.print(Text(f"{instance.instance_id}: {instance.error.message}", "red"))
+    for line in gpus.troubles(report):
+        console.print(Text(line, "yellow"))

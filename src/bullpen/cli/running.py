@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -33,7 +33,7 @@ UNEXPLAINED = ("error", "unknown")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be run."""
+    """What is to be run; ``wishes`` are the fields of a create about GPUs and sleep."""
 
     model: str
     options: str
@@ -41,6 +41,7 @@ class Request:
     env_vars: Mapping[str, str] | None = None
     gpu_uuids: Sequence[str] | None = None
     engine: str | None = None
+    wishes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Running:
@@ -117,6 +118,7 @@ class Running:
             env_vars=request.env_vars,
             gpu_uuids=request.gpu_uuids,
             engine=request.engine,
+            **request.wishes,
         )
 
     def _wait_until_created(self, display: StartDisplay) -> Instance:

@@ -14,7 +14,7 @@ import typer
 from bullpen.cli.common import WrongUsageError
 from bullpen.errors import StateError
 
-LISTEN, INSTANCES, GPUS = "Listening", "Instances", "GPUs"
+LISTEN, INSTANCES, SLEEP, GPUS = "Listening", "Instances", "Sleep", "GPUs"
 
 
 def serve(
@@ -104,6 +104,48 @@ def serve(
             metavar="SECONDS", help="From SIGTERM to SIGKILL for an instance. Default: 10.", rich_help_panel=INSTANCES
         ),
     ] = None,
+    sleep_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="How long an engine may take to sleep. Default: 120.", rich_help_panel=SLEEP
+        ),
+    ] = None,
+    wake_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="And to wake. Default: 300.", rich_help_panel=SLEEP),
+    ] = None,
+    drain: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long requests in flight may take to end before a sleep. Default: 60.",
+            rich_help_panel=SLEEP,
+        ),
+    ] = None,
+    memory_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a start or wake waits for memory on a GPU to be free. Default: 30.",
+            rich_help_panel=SLEEP,
+        ),
+    ] = None,
+    turn_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long it waits for others that start, sleep or wake on its GPUs. Default: 3600.",
+            rich_help_panel=SLEEP,
+        ),
+    ] = None,
+    host_memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory that sleeping instances may keep altogether: MiB, or as in 32GiB. Default: no limit.",
+            rich_help_panel=SLEEP,
+        ),
+    ] = None,
     on_exit: Annotated[
         Literal["stop", "keep"] | None,
         typer.Option(
@@ -126,6 +168,10 @@ def serve(
     ] = None,
     mock_gpu_count: Annotated[
         int | None, typer.Option(metavar="N", help="How many. Default: 8.", rich_help_panel=GPUS)
+    ] = None,
+    mock_gpu_memory: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", help="The memory of each. Default: 81920.", rich_help_panel=GPUS),
     ] = None,
 ) -> int:
     """Run the daemon: warm the engine up, and start servers from it on request.

@@ -15,8 +15,8 @@ from bullpen.cli.common import (
     complain,
     complete_ids,
     connect,
-    explain,
     print_json,
+    sentence,
     side_by_side,
 )
 from bullpen.errors import BullpenError
@@ -52,7 +52,7 @@ def stop(
             if isinstance(outcome, BullpenError):
                 if everything and is_gone(outcome):
                     continue
-                complain(explain(outcome))
+                complain(sentence(outcome))
                 code = 1
                 continue
             stopped.append(outcome.document)

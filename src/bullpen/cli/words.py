@@ -49,6 +49,40 @@ def age(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f}s"
 
 
+def state(instance: Instance) -> str:
+    """The state, and of a sleep its kind: ``ready``, ``sleeping 1``, ``sleeping (emulated)``."""
+    if instance.state != "sleeping":
+        return instance.state
+    if instance.sleep_emulated:
+        return "sleeping (emulated)"
+    return f"sleeping {instance.sleep_level or ''}".rstrip()
+
+
+def level(depth: str) -> str:
+    """What a depth of sleep is called: ``level 1`` for ``level_1``."""
+    return depth.replace("_", " ")
+
+
+def doing(instance: Instance) -> str:
+    """What is being done with an instance, or what it waits for; empty where nothing is."""
+    activity = instance.activity
+    if activity is None:
+        return ""
+    return f"waits {activity.waits_for}" if activity.waits_for else activity.stage
+
+
+def mib(amount: float) -> str:
+    """An amount of memory: ``512 MiB``, ``79.3 GiB``."""
+    return f"{amount:.0f} MiB" if amount < 1024 else f"{amount / 1024:.1f} GiB"
+
+
+def time_left(seconds: float | None) -> str:
+    """How long something should still take; empty where that is not known, or it should be over already."""
+    if seconds is None or seconds <= 0:
+        return ""
+    return f"about {max(1, round(seconds))} s left" if seconds < 60 else f"about {duration(seconds)} left"
+
+
 def phase(name: str) -> str:
     """What a phase is called."""
     return PHASES.get(name, name)

@@ -27,6 +27,33 @@ class InstanceError:
 
 
 @dataclass(frozen=True)
+class Activity(Document):
+    """Something that is being done with an instance.
+
+    Attributes:
+        doing: ``start``, ``sleep``, ``wake`` or ``inspect``.
+        stage: how far that is.
+        since: when it began.
+        reason: why it is done.
+        waits_for: what keeps it waiting, in words; None where nothing does.
+    """
+
+    doing: str = ""
+    stage: str = ""
+    since: str | None = None
+    reason: str = ""
+    waits_for: str | None = None
+
+
+@dataclass(frozen=True)
+class Memory(Document):
+    """Memory in MiB, on each GPU and of the host; None where nobody could tell."""
+
+    gpu_mib: int | None = None
+    host_mib: int | None = None
+
+
+@dataclass(frozen=True)
 class Instance(Document):
     """One server of one model.
 
@@ -36,7 +63,13 @@ class Instance(Document):
         start: how its process was made: ``spare``, ``fork`` or ``spawn``.
         phases: when each phase of the start began, in seconds after the process became the server.
         phase: while it starts: what it is doing; `progress` is 0 to 1.
+        remaining_seconds: while it starts: how long it should still take, going by earlier starts; None: unknown.
         exit_code: of an ended server; a signal's is negative; None where nobody saw it.
+        assigned_gpus: UUIDs of the GPUs that are its own, awake or asleep.
+        can_sleep: whether it can be put to sleep when it is ready.
+        sleep_level: while its engine sleeps: how deep, 1 or 2.
+        sleep_emulated: whether it sleeps by having no process.
+        reason: what was decided about it last, and why.
     """
 
     instance_id: str
@@ -59,8 +92,26 @@ class Instance(Document):
     phases: Mapping[str, float] = field(default_factory=dict)
     phase: str | None = None
     progress: float | None = None
+    remaining_seconds: float | None = None
     exit_code: int | None = None
+    assigned_gpus: list[str] = field(default_factory=list)
+    can_sleep: bool = False
+    sleep_level: int | None = None
+    sleep_emulated: bool = False
+    last_used_at: str | None = None
+    reason: str | None = None
     document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def activity(self) -> Activity | None:
+        """What is being done with it; None where that is nothing."""
+        found = self.document.get("activity")
+        return Activity.read(found) if isinstance(found, dict) else None
+
+    @property
+    def memory(self) -> Mapping[str, Memory]:
+        """What it was measured to hold ``awake``, at ``level_1`` and at ``level_2``."""
+        return {depth: Memory.read(held) for depth, held in self.document.get("memory", {}).items()}
 
     @property
     def error(self) -> InstanceError | None:
@@ -139,25 +190,84 @@ class InstanceList(Document):
 
 
 @dataclass(frozen=True)
+class Swap(Document):
+    """How far a swap is.
+
+    Attributes:
+        swap: its number.
+        stage: ``out`` (what goes out goes to sleep), ``in`` (what comes in wakes or starts), ``back`` (it failed and is
+            taken back) or ``done``.
+        stages: when each stage began, in seconds after the call.
+        error: why it is taken back.
+    """
+
+    swap: int = 0
+    stage: str = ""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+    document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def incoming(self) -> str:
+        """The id of what comes in."""
+        return str(self.document.get("in"))
+
+    @property
+    def outgoing(self) -> list[str]:
+        """The ids of what goes out."""
+        return list(self.document.get("out", []))
+
+
+@dataclass(frozen=True)
+class Swapped(Document):
+    """A swap that is done.
+
+    Attributes:
+        swap: its number.
+        seconds: how long it took.
+        stages: when each stage began, in seconds after the call.
+    """
+
+    swap: int = 0
+    seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def incoming(self) -> Instance:
+        """What came in; it is ready."""
+        return Instance.read(self.document["in"])
+
+    @property
+    def outgoing(self) -> list[Instance]:
+        """What went to sleep for it."""
+        return [Instance.read(instance) for instance in self.document.get("out", [])]
+
+
+@dataclass(frozen=True)
 class Event:
     """One line of the watch.
 
     Attributes:
-        type: ``CREATED``, ``STOPPED``, ``DELETED``, and where finer events were asked for ``STATE`` and ``HEARTBEAT``.
+        type: ``CREATED``, ``STOPPED``, ``DELETED``, and where finer events were asked for ``STATE``, ``SWAP`` and
+            ``HEARTBEAT``.
         revision: the daemon's counter.
-        instance: whom it is about; None for a heartbeat.
+        instance: whom it is about; None for a swap and a heartbeat.
+        swap: how far that swap is.
     """
 
     type: str
     revision: int
     instance: Instance | None
+    swap: Swap | None = None
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Event:
         """Make one from a JSON object."""
         about = document["object"]
         instance = Instance.read(about) if "instance_id" in about else None
-        return cls(document["type"], about.get("revision", 0), instance)
+        swap = Swap.read(about) if document["type"] == "SWAP" else None
+        return cls(document["type"], about.get("revision", 0), instance, swap)
 
 
 class LogChunk(NamedTuple):

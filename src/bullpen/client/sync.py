@@ -13,7 +13,8 @@ import httpx
 
 from bullpen.client import wire
 from bullpen.client.errors import ConnectionFailed, InstanceFailed, TimedOut
-from bullpen.client.models import Event, Instance, InstanceList, LogChunk, Readiness
+from bullpen.client.models import Event, Instance, InstanceList, LogChunk, Readiness, Swapped
+from bullpen.client.reports import Explanation, GpuReport
 from bullpen.client.target import Target, find
 
 
@@ -26,7 +27,8 @@ class BullpenClient:
     Args:
         url: the daemon's; see `bullpen.client.target` for where it comes from when it is None.
         access_key: the daemon's admin key; likewise.
-        timeout: seconds that the daemon may take to answer. Creates, deletes and streams take as long as they take.
+        timeout: seconds that the daemon may take to answer. Streams, and what changes instances, take as long as
+            they take.
     """
 
     def __init__(self, url: str | None = None, access_key: str | None = None, timeout: float = 10.0) -> None:
@@ -60,6 +62,15 @@ class BullpenClient:
         gpu_uuids: Sequence[str] | None = None,
         annotations: Mapping[str, str] | None = None,
         engine: str | None = None,
+        gpus: int | None = None,
+        gpu_share: float | None = None,
+        sleep: str | None = None,
+        sleep_after: float | str | None = None,
+        discard_after: float | str | None = None,
+        stop_after: float | str | None = None,
+        pin: bool | None = None,
+        priority: int | None = None,
+        warm_up: Mapping[str, Any] | None = None,
     ) -> Instance:
         """Create an instance. It has been started when this returns, and is not ready yet.
 
@@ -69,9 +80,18 @@ class BullpenClient:
             options: ``vllm serve``'s command line, split as a shell splits words (`shlex.join` makes one).
             instance_id: the id; the daemon's choice where None.
             env_vars: environment of the server.
-            gpu_uuids: GPUs that it claims; None claims none.
+            gpu_uuids: GPUs that it claims, by UUID, a beginning of one, or index; None claims none by name.
             annotations: opaque to Bullpen, returned as given.
             engine: ``vllm`` or ``sim``; the daemon's default where None.
+            gpus: how many GPUs of the daemon's choice it claims.
+            gpu_share: the share of each GPU that it takes, above 0 to 1; None takes them alone.
+            sleep: ``engine``, ``emulate`` (a stop that keeps the slot) or ``off``; the daemon's choice where None.
+            sleep_after: seconds without a request, or text such as ``5m``, until it sleeps by itself.
+            discard_after: the same until it gives its weights up too.
+            stop_after: the same until its process ends.
+            pin: never let it step down by itself, or for others.
+            priority: the higher, the later it is chosen where one must step down for another.
+            warm_up: a request to be sent once it answers: ``{"path": "/v1/completions", "body": {…}}``.
         """
         body = wire.config_body(
             options,
@@ -79,6 +99,15 @@ class BullpenClient:
             gpu_uuids=None if gpu_uuids is None else list(gpu_uuids),
             annotations=None if annotations is None else dict(annotations),
             engine=engine,
+            gpus=gpus,
+            gpu_share=gpu_share,
+            sleep=sleep,
+            sleep_after=sleep_after,
+            discard_after=discard_after,
+            stop_after=stop_after,
+            pin=pin,
+            priority=priority,
+            warm_up=None if warm_up is None else dict(warm_up),
         )
         method, path = ("POST", wire.INSTANCES) if instance_id is None else ("PUT", wire.instance_path(instance_id))
         document = self._ask(method, path, body=body, expected=(201,), patient=True)
@@ -101,6 +130,55 @@ class BullpenClient:
         """Stop and remove all instances, side by side; return those that were stopped."""
         document = self._ask("DELETE", wire.INSTANCES, patient=True)
         return [Instance.read(instance) for instance in document.get("stopped_instances", [])]
+
+    # -- sleep and swap ----------------------------------------------------------------------------------------
+
+    def sleep(
+        self, instance_id: str, level: int | None = None, drain: float | None = None, refuse: bool = False
+    ) -> Instance:
+        """Put an instance to sleep; it sleeps when this returns. One that sleeps at least so deep is left alone.
+
+        Args:
+            instance_id: which one.
+            level: 1 keeps its weights in host memory, 2 discards them; None: the lightest that works.
+            drain: seconds that requests in flight may take to end; the daemon's setting where None.
+            refuse: refuse new requests while it sleeps; else they are held until it is awake.
+        """
+        path = f"{wire.instance_path(instance_id)}/sleep"
+        document = self._ask("POST", path, params=wire.sleep_params(level, drain, refuse=refuse), patient=True)
+        return wire.read_instance(self.target, document)
+
+    def wake(self, instance_id: str) -> Instance:
+        """Have an instance ready, whether it sleeps, was stopped or has failed; it is ready when this returns."""
+        document = self._ask("POST", f"{wire.instance_path(instance_id)}/wake", patient=True)
+        return wire.read_instance(self.target, document)
+
+    def swap(
+        self,
+        incoming: str | Mapping[str, Any],
+        out: str | Sequence[str] = "auto",
+        sleep_level: int | None = None,
+        drain: float | None = None,
+        refuse: bool = False,
+    ) -> Swapped:
+        """Have one instance ready in the place of others, which sleep then; or have all as it was before.
+
+        Args:
+            incoming: an id, or a new instance's fields: ``{"options": …, "instance_id": …}``, as for `create`.
+            out: an id, or several, or ``auto``: those that stand in its way, by priority and last use.
+            sleep_level, drain, refuse: as for `sleep`.
+        """
+        body = wire.swap_body(incoming, out, sleep_level, drain, refuse=refuse)
+        document = self._ask("POST", wire.SWAP, body=body, patient=True)
+        return wire.read_swapped(self.target, document)
+
+    def explain(self, instance_id: str) -> Explanation:
+        """Ask why an instance is as it is, what it waits for and what happens to it next."""
+        return Explanation.read(self._ask("GET", f"{wire.instance_path(instance_id)}/explain", patient=True))
+
+    def gpus(self) -> GpuReport:
+        """Ask for all GPUs, who has them and what is free."""
+        return GpuReport.read(self._ask("GET", wire.GPUS, patient=True))
 
     # -- logs --------------------------------------------------------------------------------------------------
 
@@ -206,10 +284,11 @@ class BullpenClient:
         path: str,
         *,
         body: bytes | None = None,
+        params: Mapping[str, str] | None = None,
         expected: tuple[int, ...] = (200,),
         patient: bool = False,
     ) -> Mapping[str, Any]:
-        response = self._send(method, path, body=body, patient=patient)
+        response = self._send(method, path, body=body, params=params, patient=patient)
         wire.check(self.target, response, *expected)
         return wire.read_object(self.target, response.content)
 
@@ -219,13 +298,14 @@ class BullpenClient:
         path: str,
         *,
         body: bytes | None = None,
+        params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         patient: bool = False,
     ) -> httpx.Response:
         sent = {**(headers or {}), **({"Content-Type": "application/json"} if body is not None else {})}
         timeout = httpx.Timeout(self._timeout, read=None if patient else self._timeout)
         with wire.transport_errors(self.target):
-            return self._http.request(method, path, content=body, headers=sent, timeout=timeout)
+            return self._http.request(method, path, content=body, params=params, headers=sent, timeout=timeout)
 
     @contextmanager
     def _stream(

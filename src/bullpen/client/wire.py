@@ -12,12 +12,14 @@ from urllib.parse import quote
 import httpx
 
 from bullpen.client.errors import ConnectionFailed, Refused, TimedOut, Unauthorized, UnexpectedAnswer
-from bullpen.client.models import Event, Instance, LogChunk
+from bullpen.client.models import Event, Instance, LogChunk, Swapped
 from bullpen.client.target import Target
 from bullpen.errors import InvalidRequestError
 
 INSTANCES = "/v2/vllm/instances"
 WATCH = f"{INSTANCES}/watch"
+SWAP = "/v2/vllm/swap"
+GPUS = "/v2/vllm/gpus"
 SILENCE_SECONDS = 60.0
 """How long a watch with heartbeats (one every 15 s) may be silent before its connection counts as lost."""
 ID_RULE = "an id has 1 to 128 of A-Z a-z 0-9 . _ -, does not begin with a dot and is not 'watch'"
@@ -40,6 +42,31 @@ def config_body(options: str, **optional: Any) -> bytes:
     """The body of a create; what is None is left out."""
     given = {name: value for name, value in optional.items() if value is not None}
     return json.dumps({"options": options, **given}).encode()
+
+
+def sleep_params(level: int | None, drain: float | None, *, refuse: bool) -> dict[str, str]:
+    """The query of a sleep; what is None is left out."""
+    given = {"level": level, "drain": drain, "new_requests": "refuse" if refuse else None}
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def swap_body(
+    incoming: str | Mapping[str, Any],
+    out: str | Sequence[str],
+    sleep_level: int | None,
+    drain: float | None,
+    *,
+    refuse: bool,
+) -> bytes:
+    """The body of a swap."""
+    body = {
+        "in": incoming if isinstance(incoming, str) else dict(incoming),
+        "out": out if isinstance(out, str) else list(out),
+        "sleep_level": sleep_level,
+        "drain": drain,
+        "new_requests": "refuse" if refuse else "hold",
+    }
+    return json.dumps(body).encode()
 
 
 def log_range(start: int, end: int | None) -> dict[str, str]:
@@ -145,6 +172,17 @@ def read_instance(target: Target, document: Mapping[str, Any]) -> Instance:
     if "instance_id" not in document:
         raise foreign(target)
     return Instance.read(document)
+
+
+def read_swapped(target: Target, document: Mapping[str, Any]) -> Swapped:
+    """The swap that a JSON object describes.
+
+    Raises:
+        UnexpectedAnswer: it describes none.
+    """
+    if not isinstance(document.get("in"), dict):
+        raise foreign(target)
+    return Swapped.read(document)
 
 
 def foreign(target: Target) -> UnexpectedAnswer:

@@ -6,9 +6,12 @@ while the fleet still has the very instance that the effect was for: another one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from bullpen.core.instance import Instance
+from bullpen.core.instance import Depth, Instance
+from bullpen.core.profile import Profile
 from bullpen.errors import BullpenError
 
 
@@ -93,6 +96,127 @@ class ClearTimers:
 
 
 @dataclass(frozen=True)
+class LetGo:
+    """Let go of the process that was leased for a start that is called off, and of the held port. Log and files stay.
+    No outcome, nor any more of a check that is under way."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class AwaitMemory:
+    """Wait until the accelerators have so many MiB free, by UUID, ``seconds`` at most. → ``MemoryFree`` or
+    ``MemoryShort``."""
+
+    id: str
+    operation: int
+    needs: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Close the server's gate, holding or refusing new requests, and wait until those in flight have ended, ``seconds``
+    at most. → ``Drained`` or ``EngineFailed`` (not touched)."""
+
+    id: str
+    operation: int
+    seconds: float
+    refuse: bool
+
+
+@dataclass(frozen=True)
+class PutToSleep:
+    """Ask the canary where that was never done, tell the engine to sleep, have it confirm; ``seconds`` for each of
+    these at most. From another depth of sleep, wake it first. → ``Slept`` or ``EngineFailed``."""
+
+    id: str
+    operation: int
+    depth: Depth
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WakeUp:
+    """Tell the engine to wake from ``depth``, have it confirm, ask the canary, open the gate; ``seconds`` for each of
+    these at most. → ``Woken`` or ``EngineFailed``."""
+
+    id: str
+    operation: int
+    depth: Depth
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OpenGate:
+    """Let requests through again. No outcome."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Ask an adopted engine whether it sleeps, ``seconds`` at most. → ``Inspected``."""
+
+    id: str
+    operation: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure what an instance holds at the depth that it has come to; nobody waits for it. → ``Measured``, or nothing
+    where it cannot be told."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class SendWarmUp:
+    """Send the warm-up request, ``seconds`` at most. → ``WarmedUp``."""
+
+    id: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AskActivity:
+    """Ask a server how busy it is. → ``Activity``."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """Bring the weight files into the page cache; the start does not wait for it. No outcome."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class SaveProfile:
+    """Write down what is remembered of a model. No outcome."""
+
+    key: str
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class SaveSwap:
+    """Write down a swap that is under way, or forget it where ``swap`` is None. No outcome."""
+
+    number: int
+    swap: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class PublishSwap:
+    """Tell the watchers who asked for finer events how far a swap is. No outcome."""
+
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Publish:
     """Tell the watchers. ``kind`` is CREATED, STOPPED or DELETED; the instance carries the revision."""
 
@@ -117,12 +241,17 @@ class Forget:
 
 @dataclass(frozen=True)
 class Reply:
-    """Answer a request: with the instance and a word for what was done, or with an error."""
+    """Answer a request: with the instance and a word for what was done, or with an error.
+
+    Attributes:
+        details: more of the answer, where there is more.
+    """
 
     request: int
     instance: Instance | None = None
     status: str = ""
     error: BullpenError | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 Effect = (
@@ -131,6 +260,20 @@ Effect = (
     | Save
     | Start
     | Discard
+    | LetGo
+    | AwaitMemory
+    | Drain
+    | PutToSleep
+    | WakeUp
+    | OpenGate
+    | Inspect
+    | Measure
+    | SendWarmUp
+    | AskActivity
+    | Prefetch
+    | SaveProfile
+    | SaveSwap
+    | PublishSwap
     | Watch
     | Terminate
     | KillTree

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bullpen.core.instance import Config, Served
+from bullpen.core.instance import Config, Depth, Memory, Served
 from bullpen.engines.crash import Failure
 from bullpen.errors import BullpenError
+
+NOBODY = 0
+"""The request of a change that the fleet makes for itself; nobody waits for the answer."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,148 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Sleep:
+    """Somebody asks an instance to sleep.
+
+    Attributes:
+        depth: how deep; None as it does by itself.
+        drain: seconds that requests in flight may take to end.
+        refuse: whether new requests are refused meanwhile; else they are held until it is awake.
+    """
+
+    request: int
+    id: str
+    depth: Depth | None
+    drain: float
+    refuse: bool
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Somebody asks for an instance to be ready, whatever it is now."""
+
+    request: int
+    id: str
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Somebody asks to have one instance ready in the place of others.
+
+    Attributes:
+        incoming: the id of what comes in; with ``key`` and ``config`` where it is to be created.
+        outgoing: what goes to sleep for it; None leaves the choice to the policy.
+        depth, drain, refuse: as for `Sleep`.
+    """
+
+    request: int
+    incoming: str
+    outgoing: tuple[str, ...] | None
+    depth: Depth | None
+    drain: float
+    refuse: bool
+    key: str | None = None
+    config: Config | None = None
+
+
+@dataclass(frozen=True)
+class Drained:
+    """The gate is closed; ``left`` requests were still in flight when the time for them was over."""
+
+    id: str
+    operation: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Slept:
+    """The engine sleeps, as it says itself; ``canary`` is what it answered before, where it was asked now."""
+
+    id: str
+    operation: int
+    canary: str | None
+
+
+@dataclass(frozen=True)
+class Woken:
+    """The engine is awake, as it says itself, and has answered the canary as before its sleep; its gate is open."""
+
+    id: str
+    operation: int
+
+
+@dataclass(frozen=True)
+class EngineFailed:
+    """A step of a sleep or a wake did not work.
+
+    Attributes:
+        sentence: what happened.
+        touched: whether the engine may have changed; where it has not, it is awake as before and its gate open.
+        verdict: whether this is the fault of sleep on this engine, model and accelerator, and so worth remembering.
+    """
+
+    id: str
+    operation: int
+    sentence: str
+    touched: bool
+    verdict: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryFree:
+    """The accelerators have the memory free that was waited for."""
+
+    id: str
+    operation: int
+
+
+@dataclass(frozen=True)
+class MemoryShort:
+    """They do not have it in time; ``sentence`` says who holds it."""
+
+    id: str
+    operation: int
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an instance holds at a depth."""
+
+    id: str
+    attempt: int
+    depth: Depth
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class WarmedUp:
+    """The warm-up request is over; ``problem`` says how it failed."""
+
+    id: str
+    attempt: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How busy an instance is: requests in flight or held, seconds since the last one. None: it does not say."""
+
+    id: str
+    in_flight: int | None
+    idle_seconds: float
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """Whether an adopted instance's engine sleeps; None where it does not say."""
+
+    id: str
+    operation: int
+    asleep: bool | None
+
+
+@dataclass(frozen=True)
 class TimerFired:
     """A timer that an effect set has run out."""
 
@@ -125,5 +270,18 @@ Event = (
     | TreeGone
     | TreeStuck
     | Stop
+    | Sleep
+    | Wake
+    | Swap
+    | Drained
+    | Slept
+    | Woken
+    | EngineFailed
+    | MemoryFree
+    | MemoryShort
+    | Measured
+    | WarmedUp
+    | Activity
+    | Inspected
     | TimerFired
 )

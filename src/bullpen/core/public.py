@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 from bullpen.core import redact
-from bullpen.core.instance import Instance, State
+from bullpen.core.instance import Config, Depth, Instance, State
+from bullpen.core.operation import Operation
 
 
 def status(instance: Instance) -> str:
@@ -14,8 +16,17 @@ def status(instance: Instance) -> str:
     return "running" if instance.running else "stopped"
 
 
-def public(instance: Instance, word: str | None = None) -> dict[str, Any]:
-    """The instance as JSON data; ``word`` replaces ``status`` where a reply says what was done."""
+def public(
+    instance: Instance, word: str | None = None, operation: Operation | None = None, now: float | None = None
+) -> dict[str, Any]:
+    """The instance as JSON data.
+
+    Args:
+        instance: which one.
+        word: replaces ``status`` where a reply says what was done.
+        operation: what is being done with it.
+        now: what ``remaining_seconds`` counts from.
+    """
     config = instance.config
     document: dict[str, Any] = {
         "status": word or status(instance),
@@ -29,6 +40,7 @@ def public(instance: Instance, word: str | None = None) -> dict[str, Any]:
         document["gpu_uuids"] = list(config.gpu_uuids)
     if config.annotations is not None:
         document["annotations"] = dict(config.annotations)
+    document |= wishes(config)
     document |= {
         "engine": config.engine,
         "state": str(instance.state),
@@ -44,11 +56,72 @@ def public(instance: Instance, word: str | None = None) -> dict[str, Any]:
     }
     if instance.state is State.STARTING:
         document |= {"phase": instance.phase or "start", "progress": round(instance.progress, 3)}
+        document["remaining_seconds"] = remaining_seconds(instance, now)
+    document |= sleep_of(instance)
+    if operation is not None:
+        document["activity"] = {
+            "doing": str(operation.doing),
+            "stage": str(operation.stage),
+            "since": timestamp(operation.since),
+            "reason": operation.reason,
+            "waits_for": operation.waits_for or None,
+        }
     if instance.ended_at is not None:
         document |= {"ended_at": timestamp(instance.ended_at), "exit_code": instance.exit_code}
     if instance.error is not None:
         document["error"] = {"class": str(instance.error.kind), "message": instance.error.message}
+    if instance.notes:
+        document["reason"] = instance.notes[-1].text
     return document
+
+
+def wishes(config: Config) -> dict[str, Any]:
+    """The fields about accelerators and sleep that were given."""
+    ladder = config.ladder
+    given: dict[str, Any] = {
+        "gpus": config.gpus,
+        "gpu_share": config.gpu_share,
+        "sleep": config.sleep,
+        "sleep_after": ladder.sleep_after,
+        "discard_after": ladder.discard_after,
+        "stop_after": ladder.stop_after,
+        "pin": ladder.pin or None,
+        "priority": ladder.priority or None,
+    }
+    if config.warm_up is not None:
+        given["warm_up"] = {"path": config.warm_up.path, "body": json.loads(config.warm_up.body)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def sleep_of(instance: Instance) -> dict[str, Any]:
+    """What there is to say about sleep and memory."""
+    document: dict[str, Any] = {"can_sleep": instance.can_sleep or instance.emulates_sleep}
+    if instance.gpus:
+        document["assigned_gpus"] = list(instance.gpus)
+    if instance.state is State.SLEEPING and instance.depth is Depth.STOPPED:
+        document["sleep_emulated"] = True
+    elif instance.state is State.SLEEPING:
+        document["sleep_level"] = int(instance.depth)
+    if instance.last_used is not None:
+        document["last_used_at"] = timestamp(instance.last_used)
+    memory = {
+        depth_name(Depth(depth)): {"gpu_mib": held.gpu, "host_mib": held.host}
+        for depth, held in sorted(instance.memory.items())
+        if depth != Depth.STOPPED
+    }
+    return {**document, "memory": memory} if memory else document
+
+
+def depth_name(depth: Depth) -> str:
+    """The wire's word for a depth."""
+    return depth.name.lower()
+
+
+def remaining_seconds(instance: Instance, now: float | None) -> float | None:
+    """How long the start should still take, going by earlier ones; None where there were none."""
+    if now is None or instance.expected_ready_at is None:
+        return None
+    return round(max(0.0, instance.expected_ready_at - now), 2)
 
 
 def waited_seconds(instance: Instance) -> float | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import re
 import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from bullpen.core.instance import Config
+from bullpen.core.instance import Config, Ladder, WarmUp
 from bullpen.errors import InvalidRequestError
 
 ID = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,128}")
@@ -26,6 +27,10 @@ LOADER_VARIABLES = (
     "NVTX_INJECTION64_PATH",
 )
 """Variables that make a program load other code than it would; each needs the operator's ``--allow-env``."""
+SLEEP_KINDS = ("engine", "emulate", "off")
+DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+LONGEST_SECONDS = 10 * 365 * 24 * 3600
+MOST_GPUS = 1024
 MOST_BYTES = 64 * 1024
 """Options and variables together, as JSON. They reach the server's process in one message, variables twice."""
 
@@ -112,6 +117,67 @@ def check_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
     return dict(annotations)
 
 
+def read_seconds(value: float | str | None, field: str) -> float | None:
+    """Return a length of time in seconds, given as a number or as text such as ``90s``, ``5m``, ``1h30m``.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        seconds = value
+    else:
+        parts = DURATION.fullmatch(str(value).strip())
+        if parts is None or not any(parts.groups()):
+            raise InvalidRequestError(f"{field} is a number of seconds, or text such as 90s, 5m or 1h30m", field=field)
+        hours, minutes, rest = (float(part or 0) for part in parts.groups())
+        seconds = 3600 * hours + 60 * minutes + rest
+    if seconds is not None and not 0 <= seconds <= LONGEST_SECONDS:
+        raise InvalidRequestError(f"{field} is between 0 and {LONGEST_SECONDS} seconds", field=field)
+    return None if seconds is None else float(seconds)
+
+
+def check_gpus(uuids: Collection[str] | None, count: int | None, share: float | None) -> None:
+    """Refuse a claim of accelerators that contradicts itself."""
+    if uuids is not None and len(set(uuids)) != len(uuids):
+        raise InvalidRequestError("a GPU is named twice", field="gpu_uuids")
+    if uuids and count is not None:
+        raise InvalidRequestError("give gpu_uuids to name GPUs, or gpus for a number of them, not both", field="gpus")
+    if count is not None and not 1 <= count <= MOST_GPUS:
+        raise InvalidRequestError(f"gpus is between 1 and {MOST_GPUS}", field="gpus")
+    if share is None:
+        return
+    if not 0 < share <= 1:
+        raise InvalidRequestError("gpu_share is above 0 and at most 1", field="gpu_share")
+    if not uuids and count is None:
+        raise InvalidRequestError("gpu_share says how much of which GPU: give gpu_uuids or gpus too", field="gpu_share")
+
+
+def read_warm_up(given: Mapping[str, Any] | None) -> WarmUp | None:
+    """The warm-up request, or a refusal of it."""
+    if given is None:
+        return None
+    path, body = given.get("path", "/v1/completions"), given.get("body", {})
+    if not isinstance(path, str) or not re.fullmatch(r"/[!-~]*", path):
+        raise InvalidRequestError("warm_up.path is a path on the server, such as /v1/completions", field="warm_up")
+    try:
+        text = json.dumps(body, allow_nan=False)
+    except (ValueError, TypeError) as problem:
+        raise InvalidRequestError(f"warm_up.body is no JSON: {problem}", field="warm_up") from problem
+    if len(text) > MOST_BYTES:
+        raise InvalidRequestError(f"warm_up.body has at most {MOST_BYTES} bytes", field="warm_up")
+    return WarmUp(path, text)
+
+
+def read_ladder(fields: Mapping[str, Any]) -> Ladder:
+    """When it steps down, or a refusal of that."""
+    times = {name: read_seconds(fields.get(name), name) for name in ("sleep_after", "discard_after", "stop_after")}
+    given = [(name, seconds) for name, seconds in times.items() if seconds is not None]
+    for (earlier, first), (later, second) in itertools.pairwise(given):
+        if first > second:
+            raise InvalidRequestError(f"{earlier} is not longer than {later}: a model steps down in order", field=later)
+    return Ladder(**times, pin=bool(fields.get("pin") or False), priority=int(fields.get("priority") or 0))
+
+
 def read_config(
     options: str,
     *,
@@ -121,8 +187,16 @@ def read_config(
     engine: str,
     face: str = "v2",
     allowed: Collection[str] = (),
+    gpus: int | None = None,
+    gpu_share: float | None = None,
+    sleep: str | None = None,
+    warm_up: Mapping[str, Any] | None = None,
+    **ladder: Any,
 ) -> Config:
     """Check what can be checked without the engine and return the configuration.
+
+    Args:
+        ladder: ``sleep_after``, ``discard_after``, ``stop_after`` (see `read_seconds`), ``pin``, ``priority``.
 
     Raises:
         InvalidRequestError: a field can never work.
@@ -131,15 +205,20 @@ def read_config(
     argv = split_options(options)
     variables = None if env_vars is None else check_variables(env_vars, allowed)
     check_size(len(json.dumps(argv)), len(json.dumps(variables or {})))
-    uuids = None if gpu_uuids is None else tuple(gpu_uuids)
-    if uuids is not None and len(set(uuids)) != len(uuids):
-        raise InvalidRequestError("a GPU is named twice", field="gpu_uuids")
+    check_gpus(gpu_uuids, gpus, gpu_share)
+    if sleep not in (None, *SLEEP_KINDS):
+        raise InvalidRequestError(f"sleep is one of {', '.join(SLEEP_KINDS)}", field="sleep")
     return Config(
         options=options,
         argv=argv,
         env_vars=variables,
-        gpu_uuids=uuids,
+        gpu_uuids=None if gpu_uuids is None else tuple(gpu_uuids),
         annotations=None if annotations is None else check_annotations(annotations),
         engine=engine,
         face=face,
+        gpus=gpus,
+        gpu_share=gpu_share,
+        sleep=sleep,
+        ladder=read_ladder(ladder),
+        warm_up=read_warm_up(warm_up),
     )

@@ -9,16 +9,27 @@ from typing import Protocol
 
 from bullpen.engines.crash import Failure
 from bullpen.engines.phases import PhaseReader
+from bullpen.engines.sleeping import Call
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the daemon gives an instance: where to listen, its own folder for sockets, its accelerators by index."""
+    """What the daemon gives an instance.
+
+    Attributes:
+        host: where it listens, with `port`; None where a Unix socket takes the port's place.
+        folder: its own, for sockets and temporary files.
+        visible_devices: its accelerators, indices as NVML counts them or UUIDs of MIG devices; None leaves it all.
+        sleep: whether it is started so that it can sleep.
+        share: the part of each accelerator's memory that it may use, 0 to 1; its options may say otherwise.
+    """
 
     host: str
     port: int | None
     folder: Path
-    gpu_indices: tuple[int, ...] | None = None
+    visible_devices: tuple[str, ...] | None = None
+    sleep: bool = False
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,36 @@ class Engine(Protocol):
 
     def early_environment(self, user: Mapping[str, str]) -> dict[str, str]:
         """The user's variables that only count at import, so that they need a zygote of their own."""
+
+    def sleep_calls(self, level: int) -> tuple[Call, ...]:
+        """The calls that put an awake server to sleep, in order.
+
+        Args:
+            level: 1 keeps the weights in host memory, 2 does not.
+        """
+
+    def deepen_calls(self, version: str) -> tuple[Call, ...]:
+        """The calls that take a server of that version from level 1 to level 2. It needs its accelerators for that:
+        it is awake, whole or in part, in between."""
+
+    def wake_calls(self, level: int) -> tuple[Call, ...]:
+        """The calls that wake a server that sleeps at that level, in order."""
+
+    def canary(self, served_name: str, pooling: bool) -> Call:
+        """A short request whose answer depends on the weights alone."""
+
+    def canary_answer(self, pooling: bool, body: bytes) -> str:
+        """What was answered to a canary, for `same_answer`.
+
+        Raises:
+            ValueError: it is no answer to a canary.
+        """
+
+    def same_answer(self, one: str, other: str) -> bool:
+        """Whether two answers come from the same weights, as far as a canary can tell."""
+
+    def api_key(self, argv: Sequence[str], environment: Mapping[str, str]) -> str | None:
+        """A key that the server accepts; None where it demands none."""
 
     def phases(self) -> PhaseReader:
         """A reader that tells the phases of a start from the log."""

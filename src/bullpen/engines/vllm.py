@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bullpen.engines.base import Place
@@ -41,6 +41,9 @@ ignored without a word."""
 READ_LATER = ("HF_TOKEN", "OMP_NUM_THREADS")
 """Exceptions: the token is read at each download, the threads are set in the server (``worlds.vllm``)."""
 
+GATE = "bullpen.gate.asgi.GateMiddleware"
+"""Imported by name inside the server, which finds this package as its zygote did."""
+
 HOW_TO_INSTALL = (
     "run `make install` in Bullpen's source tree, or `pip install 'bullpen[vllm]'` on a machine with NVIDIA GPUs"
 )
@@ -64,6 +67,10 @@ class Vllm(OpenAIServer):
         if found:
             return None
         return f"vLLM is not installed in {python}: {HOW_TO_INSTALL}; --engine sim serves a simulator"
+
+    def command_line(self, argv: Sequence[str], has_host: bool, place: Place) -> list[str]:
+        """Add the gate, outside every middleware of the user's."""
+        return [*super().command_line(argv, has_host, place), "--middleware", GATE]
 
     def environment(self, place: Place, user: Mapping[str, str]) -> dict[str, str]:
         """Temporary files go into the instance's folder, for vLLM leaves some behind; compiled code stays shared."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -15,6 +16,7 @@ from bullpen.core.fleet import Fleet
 from bullpen.core.instance import Config, Instance, Served
 from bullpen.engines.base import Place
 from bullpen.engines.registry import ENGINES
+from bullpen.engines.weights import model_folder, weight_mib
 from bullpen.errors import BullpenError, InvalidRequestError, LaunchError
 from bullpen.node.handle import Handle
 from bullpen.node.packets import ProcessEndedError
@@ -68,11 +70,16 @@ class Creation:
         if self._fleet.instances.get(instance.id) is instance:
             self._submit(event)
 
+    def _is_current(self, instance: Instance, attempt: int) -> bool:
+        """Whether an instance is still there, and still at the start that a step was for."""
+        return self._fleet.instances.get(instance.id) is instance and instance.attempt == attempt
+
     async def step(self, effect: CreateEffect) -> None:
         """Do one step of a create; whatever goes wrong ends in a refusal, so that its caller gets an answer."""
         instance = self._fleet.instances.get(effect.id)
         if instance is None:
             return
+        attempt = instance.attempt
         problem: BullpenError
         try:
             await self._steps[type(effect)](instance, effect)
@@ -82,13 +89,16 @@ class Creation:
         except Exception as error:
             logger.exception("creating %s failed; this is a bug in Bullpen", effect.id)
             problem = LaunchError(f"creating it failed inside Bullpen ({type(error).__name__}); its log has more")
-        self._report(instance, ev.Refused(effect.id, problem))
+        if self._is_current(instance, attempt):
+            self._submit(ev.Refused(effect.id, problem))
 
     async def _check(self, instance: Instance, effect: CreateEffect) -> None:
         """Raises InvalidRequestError where the engine refuses, LaunchError where no process can be had."""
+        attempt = instance.attempt
         leased, answer = await self._lease_and_check(instance.config)
         process = read_process(leased.pid)
-        if self._fleet.instances.get(instance.id) is not instance or process is None:
+        called_off = not self._is_current(instance, attempt) or not self._fleet.awaits(instance.id, ev.Checked)
+        if called_off or process is None:
             leased.give_back()
             raise LaunchError("the process that was to become the server has ended; try again")
         self._handles[instance.id] = Handle(leased, leased.pidfd)
@@ -101,6 +111,13 @@ class Creation:
             host=answer["host"],
             uds=answer["uds"],
             tls=answer["tls"],
+            version=answer.get("version") or "",
+            cannot_sleep=answer.get("sleep"),
+            sleep_enabled=bool(answer.get("sleep_enabled")),
+            utilization=answer.get("utilization"),
+            pooling=bool(answer.get("pooling")),
+            weights_mib=await asyncio.to_thread(weights_on_disk, answer["model"], instance.config),
+            kv_mib=(answer.get("kv_bytes") or 0) >> 20 or None,
         )
         self._submit(ev.Checked(instance.id, served, leased.pid, process.start_ticks, leased.how))
 
@@ -155,6 +172,7 @@ class Creation:
         place = self._place(instance)
         user = instance.config.env_vars or {}
         log = self._resources.logs.create(instance.key)
+        handle.log_start = os.fstat(log).st_size
         try:
             make_folder(place)
             cgroup = self._resources.cgroups.create(instance.key)
@@ -162,7 +180,7 @@ class Creation:
                 {
                     "op": "start",
                     "argv": engine.command_line(instance.config.argv, instance.served.host is not None, place),
-                    "env": engine.environment(place, user),
+                    "env": {**engine.environment(place, user), **self._mock_environment(instance)},
                     "user_env": dict(user),
                     "cwd": self._folder,
                     "title": f"bullpen: {instance.id} {instance.served.model}",
@@ -180,10 +198,28 @@ class Creation:
 
     def _place(self, instance: Instance) -> Place:
         assert instance.address is not None
-        uuids = instance.config.gpu_uuids
-        indices = None if uuids is None else tuple(self._resources.gpu_index[uuid] for uuid in uuids)
         folder = self._resources.state.instance_folder(instance.key)
-        return Place(instance.address.host, instance.address.port, folder, indices)
+        named = {gpu.uuid: gpu.visible for gpu in self._resources.gpus.list()}
+        return Place(
+            instance.address.host,
+            instance.address.port,
+            folder,
+            visible_devices=tuple(named[uuid] for uuid in instance.gpus) if instance.gpus else None,
+            sleep=instance.can_sleep,
+            share=instance.config.gpu_share,
+        )
+
+    def _mock_environment(self, instance: Instance) -> dict[str, str]:
+        """Where a simulator notes what it holds of GPUs that do not exist."""
+        if not self._resources.settings.mock_gpus or not instance.gpus:
+            return {}
+        return {"BULLPEN_MOCK_GPU_DIR": str(self._resources.state.mock_gpus)}
+
+
+def weights_on_disk(model: str, config: Config) -> int | None:
+    """The size of a model's weights in MiB, for an estimate before its first start; None where they are not here."""
+    folder = model_folder(model, {**os.environ, **(config.env_vars or {})})
+    return None if folder is None else weight_mib(folder)
 
 
 def current_folder() -> str:

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +25,7 @@ from bullpen.engines.crash import CrashClass, Failure
 from bullpen.engines.registry import ENGINES
 from bullpen.errors import LaunchError, StateError
 from bullpen.node import probe
+from bullpen.node.actuation import Actuation
 from bullpen.node.creation import Creation
 from bullpen.node.handle import Handle, exit_status
 from bullpen.node.resources import Resources
@@ -32,6 +34,8 @@ from bullpen.node.trees import Tree
 logger = logging.getLogger("bullpen")
 
 TAIL_BYTES = 64 * 1024
+SWAPS = "swaps"
+"""The fact under which the journal keeps swaps that are under way."""
 FIRST_TICK, LONGEST_TICK = 0.015, 0.25
 """Seconds between two looks at log and health of a server that starts; they grow with the time it takes."""
 PROBE_EVERY = 0.25
@@ -60,12 +64,17 @@ class Executor:
         self._handles: dict[str, Handle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unsaved: set[str] = set()
+        self._swaps: dict[int, Mapping[str, Any]] = {}
+        self._timers: dict[str, dict[str, asyncio.TimerHandle]] = {}
         self._creation = Creation(fleet, resources, self._handles, submit, self.follow_exit)
+        self.actuation = Actuation(fleet, resources, submit)
         self._carriers: dict[type, Callable[[Any], object]] = {
             fx.Check: lambda effect: self._spawn(self._creation.step(effect)),
             fx.HoldPort: lambda effect: self._spawn(self._creation.step(effect)),
             fx.Start: lambda effect: self._spawn(self._creation.step(effect)),
+            **dict.fromkeys(self.actuation.steps, lambda effect: self._spawn(self.actuation.step(effect))),
             fx.Discard: self._discard,
+            fx.LetGo: self._let_go,
             fx.Watch: lambda effect: self._spawn(self._watch(effect.id)),
             fx.Terminate: self._terminate,
             fx.KillTree: self._kill_tree,
@@ -73,6 +82,9 @@ class Executor:
             fx.ClearTimers: self._clear_timers,
             fx.Publish: self._publish,
             fx.PublishState: self._publish_state,
+            fx.PublishSwap: self._publish_swap,
+            fx.SaveProfile: self._save_profile,
+            fx.SaveSwap: self._save_swap,
             fx.Forget: self._forget,
             fx.Reply: reply,
         }
@@ -110,12 +122,22 @@ class Executor:
             self._submit(event)
 
     def _discard(self, effect: fx.Discard) -> None:
-        handle = self._handles.pop(effect.id, None)
-        if handle is not None and handle.leased is not None:
+        self._give_back(effect.id)
+        self._remove_files(effect.id, effect.key)
+
+    def _let_go(self, effect: fx.LetGo) -> None:
+        self._give_back(effect.id)
+        instance = self._instance(effect.id)
+        if instance is not None:
+            self._resources.ports.release(instance.key)
+
+    def _give_back(self, instance_id: str) -> None:
+        """Let go of a process that was leased and not told to start."""
+        handle = self._handles.pop(instance_id, None)
+        if handle is not None and handle.leased is not None and handle.pidfd >= 0:
             with suppress(OSError):
                 signal.pidfd_send_signal(handle.pidfd, signal.SIGKILL)
             handle.leased.give_back()
-        self._remove_files(effect.id, effect.key)
 
     def _tree(self, instance: Instance) -> Tree:
         assert instance.pid is not None and instance.start_ticks is not None
@@ -164,7 +186,7 @@ class Executor:
     async def _why(self, instance: Instance, handle: Handle, code: int | None) -> Failure | None:
         """Why a server ended, from its exit code and its log."""
         try:
-            tail = await asyncio.to_thread(self._resources.logs.tail, instance.key, TAIL_BYTES)
+            tail = await asyncio.to_thread(self._resources.logs.tail, instance.key, TAIL_BYTES, handle.log_start)
             model = instance.served.model if instance.served else None
             port = instance.address.port if instance.address else None
             known = Known(model, port, handle.oom_kills())
@@ -178,11 +200,11 @@ class Executor:
         instance, handle = self._fleet.instances[instance_id], self._handles[instance_id]
         assert instance.address is not None
         engine = ENGINES[instance.config.engine]
-        reader, position = engine.phases(), 0
+        reader, position, attempt = engine.phases(), handle.log_start, instance.attempt
         loop = asyncio.get_running_loop()
         begun = probed = loop.time()
         binding = False
-        while self._instance(instance_id) is instance and instance.state is State.STARTING:
+        while self._is_starting(instance, attempt):
             with suppress(OSError):  # no file may be opened now, say: the probe goes on
                 chunk = self._resources.logs.read(instance.key, position)
                 position = chunk.start + len(chunk.data)
@@ -191,12 +213,16 @@ class Executor:
                     binding = seen.phase in ("bind", "ready")
             if binding or loop.time() - probed > PROBE_EVERY:
                 probed = loop.time()
-                if await probe.answers(instance.address, engine.health_path):
+                if await probe.answers(instance.address, engine.health_path) and self._is_starting(instance, attempt):
                     self._resources.ports.release(instance.key)
-                    self._report(instance, ev.Answered(instance_id))
+                    self._submit(ev.Answered(instance_id))
                     await self._note_shared_memory(instance, handle)
                     return
             await asyncio.sleep(min(max(FIRST_TICK, (loop.time() - begun) / 20), LONGEST_TICK))
+
+    def _is_starting(self, instance: Instance, attempt: int) -> bool:
+        current = self._instance(instance.id) is instance and instance.attempt == attempt
+        return current and instance.state is State.STARTING
 
     # -- stop --------------------------------------------------------------------------------------------------
 
@@ -213,6 +239,9 @@ class Executor:
 
     async def _kill(self, instance: Instance, handle: Handle) -> None:
         if instance.pid is not None and instance.start_ticks is not None:
+            pending = self._fleet.roster.pending.get(instance.id)
+            if pending is not None and pending.after is not None and not self.has_ended(instance.id):
+                await self.actuation.send_away(instance)
             try:
                 left = await self._resources.trees.kill(self._tree(instance), shared=handle.shared)
             except OSError as problem:
@@ -228,18 +257,15 @@ class Executor:
         self._submit(ev.TreeGone(instance.id))
 
     def _set_timer(self, effect: fx.SetTimer) -> None:
-        timers = self._handles[effect.id].timers
+        timers = self._timers.setdefault(effect.id, {})
         if effect.name in timers:
             timers[effect.name].cancel()
         event = ev.TimerFired(effect.id, effect.name)
         timers[effect.name] = asyncio.get_running_loop().call_later(effect.seconds, self._submit, event)
 
     def _clear_timers(self, effect: fx.ClearTimers) -> None:
-        handle = self._handles.get(effect.id)
-        if handle is not None:
-            for timer in handle.timers.values():
-                timer.cancel()
-            handle.timers.clear()
+        for timer in self._timers.pop(effect.id, {}).values():
+            timer.cancel()
 
     # -- telling and keeping -----------------------------------------------------------------------------------
 
@@ -285,7 +311,7 @@ class Executor:
 
     def _publish(self, effect: fx.Publish) -> None:
         instance = effect.instance
-        line = self._resources.bus.publish(effect.kind, public(instance), instance.revision)
+        line = self._resources.bus.publish(effect.kind, self.describe(instance), instance.revision)
         try:
             self._resources.journal.append_event(instance.revision, line)
         except StateError as problem:
@@ -296,8 +322,36 @@ class Executor:
 
     def _publish_state(self, effect: fx.PublishState) -> None:
         if self._resources.bus.watchers:
-            document = {**public(effect.instance), "revision": self._fleet.revision}
+            document = {**self.describe(effect.instance), "revision": self._fleet.revision}
             self._resources.bus.publish_fine("STATE", document)
+
+    def _publish_swap(self, effect: fx.PublishSwap) -> None:
+        document = {"revision": self._fleet.revision, **effect.document}
+        if self._resources.bus.watchers:
+            self._resources.bus.publish_fine("SWAP", document)
+        names = f"{document['in']} in, {', '.join(document['out']) or 'nobody'} out"
+        problem = f": {document['error']}" if document["error"] else ""
+        logger.info("swap %s (%s): %s%s", document["swap"], names, document["stage"], problem)
+
+    def _save_profile(self, effect: fx.SaveProfile) -> None:
+        try:
+            self._resources.journal.save_profile(effect.key, effect.profile)
+        except StateError as problem:
+            logger.error("%s", problem)
+
+    def _save_swap(self, effect: fx.SaveSwap) -> None:
+        if effect.swap is None:
+            self._swaps.pop(effect.number, None)
+        else:
+            self._swaps[effect.number] = effect.swap
+        try:
+            self._resources.journal.set_fact(SWAPS, list(self._swaps.values()))
+        except StateError as problem:
+            logger.error("%s", problem)
+
+    def describe(self, instance: Instance, word: str | None = None) -> dict[str, Any]:
+        """The instance as JSON data, with what is being done with it."""
+        return public(instance, word, self._fleet.roster.operation(instance.id), time.time())
 
     def _forget(self, effect: fx.Forget) -> None:
         self._handles.pop(effect.id, None)
@@ -319,8 +373,9 @@ class Executor:
     async def close(self) -> None:
         """Let go of everything; processes are left as they are."""
         loop = asyncio.get_running_loop()
-        for instance_id, handle in self._handles.items():
+        for instance_id in list(self._timers):
             self._clear_timers(fx.ClearTimers(instance_id))
+        for handle in self._handles.values():
             if handle.pidfd >= 0 and not handle.ended.is_set():
                 with suppress(OSError, ValueError):
                     loop.remove_reader(handle.pidfd)

@@ -24,7 +24,8 @@ class Handle:
     shared: set[Path] = field(default_factory=set)
     """Files in shared memory that the tree was seen to map."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    log_start: int = 0
+    """How long the log was before this process wrote into it."""
     kill: asyncio.Task[None] | None = None
     oom_kills_before: int | None = field(init=False)
 

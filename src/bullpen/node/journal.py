@@ -16,14 +16,17 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bullpen.core.instance import Instance
+from bullpen.core.profile import Profile
 from bullpen.errors import StateError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS instances (id TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (revision INTEGER PRIMARY KEY, line TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS profiles (key TEXT PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 SCHEMA_VERSION = 1
+PROFILE: TypeAdapter[Profile] = TypeAdapter(Profile)
 KEPT_EVENTS = 1000
 CACHE_KIB = 256
 """Memory that SQLite may keep pages in. It reads back at a start alone; its default of 2 MiB would fill slowly."""
@@ -108,6 +111,19 @@ class Journal:
                 f" ({problem.error_count()} errors); move it away"
             ) from None
         return sorted(saved, key=lambda instance: instance.created_at)
+
+    def save_profile(self, key: str, profile: Profile) -> None:
+        """Write what is remembered of a model."""
+        data = PROFILE.dump_json(profile).decode()
+        self._write("INSERT OR REPLACE INTO profiles VALUES (?, ?)", (key, data))
+
+    def profiles(self) -> dict[str, Profile]:
+        """All that is remembered of models; what this Bullpen cannot read is forgotten, for it is measured again."""
+        known = {}
+        for key, data in self._read("SELECT key, data FROM profiles"):
+            with suppress(ValidationError):
+                known[key] = PROFILE.validate_json(data)
+        return known
 
     def append_event(self, revision: int, line: str) -> None:
         """Keep an event for watchers that come back after a restart."""

@@ -84,10 +84,10 @@ class Logs:
         finally:
             os.close(descriptor)
 
-    def tail(self, key: str, size: int) -> bytes:
-        """The last bytes of a log."""
+    def tail(self, key: str, size: int, since: int = 0) -> bytes:
+        """The last bytes of a log, none of those before ``since``."""
         total = self.read(key, 0, 0).total
-        return self.read(key, max(0, total - size)).data
+        return self.read(key, max(since, total - size)).data
 
     async def follow(self, key: str, start: int, ended: Callable[[], bool]) -> AsyncIterator[bytes]:
         """What is and will be in the log from ``start`` on, until ``ended`` says so and all of it was read."""

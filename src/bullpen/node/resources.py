@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bullpen.node.bus import Bus
 from bullpen.node.cgroups import Cgroups
-from bullpen.node.gpus import Gpu
+from bullpen.node.gpus import Gpus
 from bullpen.node.journal import Journal
 from bullpen.node.logs import Logs
 from bullpen.node.ports import Ports
@@ -29,12 +29,7 @@ class Resources:
     cgroups: Cgroups
     trees: Trees
     zygotes: Zygotes
-    gpus: list[Gpu] = field(default_factory=list)
-
-    @property
-    def gpu_index(self) -> dict[str, int]:
-        """The index of each accelerator by its UUID."""
-        return {gpu.uuid: gpu.index for gpu in self.gpus}
+    gpus: Gpus
 
     def remove_files(self, key: str) -> None:
         """Remove an instance's log, folder, cgroup and held port."""

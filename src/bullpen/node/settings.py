@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from bullpen.core.roster import Limits, Patience
 from bullpen.errors import StateError
 from bullpen.node.statedir import default_state_dir
 
 PREFIX = "BULLPEN_"
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B?)?", re.IGNORECASE)
+UNITS = {"m": 1, "g": 1024, "t": 1024 * 1024}
 KEYS = frozenset({"access_key", "access_key_file"})
 
 
@@ -34,9 +38,18 @@ class Settings(BaseModel):
     allow_unauthenticated: bool = Field(False, description="answer remote callers although no key is set")
     mock_gpus: bool = Field(False, description="pretend to have GPUs named GPU-0 …")
     mock_gpu_count: int = Field(8, ge=0, le=1024, description="how many")
+    mock_gpu_memory: int = Field(81920, ge=1, description="MiB that each of them has")
     allow_env: tuple[str, ...] = Field((), description="loader variables that instances may set all the same")
     stop_timeout: float = Field(10.0, ge=0, description="seconds from SIGTERM to SIGKILL for an instance")
     start_timeout: float = Field(1800.0, gt=0, description="seconds that a start may go without progress")
+    sleep_timeout: float = Field(120.0, gt=0, description="seconds for each step of putting an instance to sleep")
+    wake_timeout: float = Field(300.0, gt=0, description="seconds for each step of waking one")
+    memory_timeout: float = Field(30.0, ge=0, description="seconds until memory on a GPU must be free")
+    turn_timeout: float = Field(3600.0, gt=0, description="seconds that an instance waits for its turn on a GPU")
+    drain: float = Field(60.0, ge=0, description="seconds for requests in flight before a sleep cuts them off")
+    host_memory_budget: int | None = Field(
+        None, ge=0, description="host memory that sleepers may keep together: MiB, or text such as 64GiB"
+    )
     on_exit: Literal["stop", "keep"] = Field("stop", description="what SIGTERM to the daemon does to instances")
     spares: int = Field(1, ge=0, le=64, description="processes forked ahead")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="of the daemon")
@@ -48,10 +61,33 @@ class Settings(BaseModel):
         """One text holds several names, separated by commas."""
         return tuple(map(str.strip, value.split(","))) if isinstance(value, str) else value
 
+    @field_validator("host_memory_budget", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        """A number is MiB; text may have a unit."""
+        if not isinstance(value, str):
+            return value
+        match = SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("give a number of MiB, or text such as 512MiB, 64GiB or 1TiB")
+        return int(float(match[1]) * UNITS[(match[2] or "m").lower()[0]])
+
     @field_validator("state_dir", "access_key_file")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()
+
+    def limits(self) -> Limits:
+        """What instances are allowed, as the fleet knows it."""
+        patience = Patience(
+            start=self.start_timeout,
+            sleep=self.sleep_timeout,
+            wake=self.wake_timeout,
+            memory=self.memory_timeout,
+            turn=self.turn_timeout,
+            drain=self.drain,
+        )
+        return Limits(self.instance_host, self.host_memory_budget, patience)
 
 
 def load(given: Mapping[str, Any], config: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -100,6 +100,11 @@ class StateDir:
         folder.chmod(0o700)
         return folder
 
+    @property
+    def mock_gpus(self) -> Path:
+        """Where simulators note what they hold of GPUs that do not exist."""
+        return self.path / "mock-gpus"
+
     def instance_folder(self, key: str) -> Path:
         """The folder for an instance's own sockets. Its name is short, for paths of sockets are."""
         return self.sockets / key[:12]

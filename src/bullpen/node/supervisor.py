@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,23 +24,24 @@ from typing import Any
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
 from bullpen.core import request
+from bullpen.core.explain import explain
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Config, Instance
-from bullpen.core.public import public
-from bullpen.engines.crash import CrashClass, Failure
+from bullpen.core.instance import Config, Depth, Instance
 from bullpen.engines.registry import ENGINES
 from bullpen.errors import LaunchError, NotFoundError, StateError, StuckError
-from bullpen.node import gpus
+from bullpen.node.adoption import adopt_all
 from bullpen.node.bus import Bus, encode
 from bullpen.node.cgroups import Cgroups
 from bullpen.node.executor import Executor
+from bullpen.node.gpu_report import gpu_report
+from bullpen.node.gpus import find_gpus
 from bullpen.node.journal import Journal
 from bullpen.node.logs import Chunk, Logs
 from bullpen.node.ports import Ports
 from bullpen.node.resources import Resources
 from bullpen.node.settings import Settings
 from bullpen.node.statedir import StateDir
-from bullpen.node.trees import Trees, read_process
+from bullpen.node.trees import Trees
 from bullpen.node.zygotes import Zygotes
 
 logger = logging.getLogger("bullpen")
@@ -50,10 +51,8 @@ KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
 """Never inherited by an engine."""
 HOUSEKEEPING_SECONDS = 2.0
 ENDING = "this daemon is ending; ask again when it is back"
-GPU_SECONDS = 10.0
 THREADS = 4
 """For short work that would hold up the event loop: scans, kills, names. Each thread costs memory for good."""
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Supervisor:
@@ -73,7 +72,7 @@ class Supervisor:
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._requests = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[tuple[Instance, str]]] = {}
+        self._waiting: dict[int, asyncio.Future[fx.Reply]] = {}
         self._closing = False
         self._housekeeping: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -119,16 +118,16 @@ class Supervisor:
             cgroups=cgroups,
             trees=Trees(cgroups),
             zygotes=zygotes,
-            gpus=await self._find_gpus(),
+            gpus=await find_gpus(self.settings, self._state.mock_gpus, os.environ),
         )
         self.fleet = Fleet(
-            gpus=[gpu.uuid for gpu in self.resources.gpus],
-            instance_host=self.settings.instance_host,
-            start_timeout=self.settings.start_timeout,
+            gpus=self.resources.gpus.list(),
+            limits=self.settings.limits(),
+            profiles=journal.profiles(),
             revision=revision,
         )
         self._executor = Executor(self.fleet, self.resources, self.submit, self._answer)
-        self._adopt_all(saved)
+        adopt_all(saved, journal, self.fleet, self._executor)
         # Not earlier: an import takes all the processor time there is, and what lives must be known first.
         with suppress(LaunchError):
             zygotes.get(self.engine, {})
@@ -138,16 +137,6 @@ class Supervisor:
         environment = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
         pythons = {name: self.settings.engine_python for name in ENGINES}
         return Zygotes(pythons, environment, self._state.sockets, self._state.logs, self.settings.spares)
-
-    async def _find_gpus(self) -> list[gpus.Gpu]:
-        if self.settings.mock_gpus:
-            return gpus.mock_gpus(self.settings.mock_gpu_count)
-        try:
-            return await asyncio.wait_for(asyncio.to_thread(gpus.nvidia_gpus), GPU_SECONDS)
-        except TimeoutError:
-            raise StateError(
-                f"the NVIDIA driver does not answer within {GPU_SECONDS:.0f} s; `nvidia-smi` may say more"
-            ) from None
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -169,7 +158,7 @@ class Supervisor:
         except Exception as problem:
             # The event's own effects may be half done; the others must go on, and the caller must hear something.
             logger.exception("handling %s failed; this is a bug in Bullpen", type(event).__name__)
-            if isinstance(event, ev.Create | ev.Stop):
+            if isinstance(event, ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap):
                 error = LaunchError(f"this failed inside Bullpen ({type(problem).__name__}); its log has more")
                 self._answer(fx.Reply(event.request, error=error))
 
@@ -179,15 +168,22 @@ class Supervisor:
             return
         if reply.error is not None:
             waiting.set_exception(reply.error)
-        elif reply.instance is not None:
-            waiting.set_result((reply.instance, reply.status))
+        else:
+            waiting.set_result(reply)
 
-    async def _ask(self, event: ev.Create | ev.Stop) -> tuple[Instance, str]:
+    async def _ask(self, event: ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap) -> fx.Reply:
+        """Submit a request and wait for its answer. Raises the error that it is answered with."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting[event.request] = waiting
         self.submit(event)
-        result: tuple[Instance, str] = await waiting
-        return result
+        reply: fx.Reply = await waiting
+        return reply
+
+    async def _ask_of(self, event: ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap) -> Instance:
+        """The same, for answers that are about one instance."""
+        reply = await self._ask(event)
+        assert reply.instance is not None
+        return reply.instance
 
     # -- what callers do ---------------------------------------------------------------------------------------
 
@@ -218,10 +214,12 @@ class Supervisor:
             LaunchError: no process could be made, or the daemon is ending.
         """
         instance_id = str(uuid.uuid4()) if instance_id is None else request.check_id(instance_id)
+        self._refuse_if_closing()
+        return await self._ask_of(ev.Create(next(self._requests), instance_id, uuid.uuid4().hex, config))
+
+    def _refuse_if_closing(self) -> None:
         if self._closing:
             raise LaunchError(ENDING)
-        instance, _ = await self._ask(ev.Create(next(self._requests), instance_id, uuid.uuid4().hex, config))
-        return instance
 
     async def stop(self, instance_id: str, timeout: float | None = None) -> tuple[Instance, str]:
         """Stop and remove an instance; no process of it lives when this returns.
@@ -238,7 +236,9 @@ class Supervisor:
             StuckError: processes outlive SIGKILL.
         """
         seconds = self.settings.stop_timeout if timeout is None else timeout
-        return await self._ask(ev.Stop(next(self._requests), instance_id, seconds))
+        reply = await self._ask(ev.Stop(next(self._requests), instance_id, seconds))
+        assert reply.instance is not None
+        return reply.instance, reply.status
 
     async def stop_all(self, timeout: float | None = None) -> list[tuple[Instance, str]]:
         """Stop and remove all instances, side by side; one that another caller removes meanwhile is left out.
@@ -254,6 +254,99 @@ class Supervisor:
             if isinstance(outcome, BaseException) and not isinstance(outcome, NotFoundError):
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+    async def sleep(
+        self, instance_id: str, level: int | None = None, drain: float | None = None, refuse: bool = False
+    ) -> Instance:
+        """Put an instance to sleep; it sleeps when this returns.
+
+        Args:
+            instance_id: which one.
+            level: 1 (weights in host memory) or 2 (weights discarded); the lightest that works where None.
+            drain: seconds that requests in flight may take to end; the daemon's setting where None.
+            refuse: whether new requests are refused meanwhile; else they are held until it is awake.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            ConflictError: it is busy, or cannot sleep; the text says how it could.
+            EngineError: the engine did not sleep; it is awake again.
+        """
+        self._refuse_if_closing()
+        depth = None if level is None else Depth(level)
+        return await self._ask_of(ev.Sleep(next(self._requests), instance_id, depth, self._drain(drain), refuse))
+
+    async def wake(self, instance_id: str) -> Instance:
+        """Have an instance ready, whatever it is: asleep, stopped or failed; it is ready when this returns.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            ConflictError: a GPU is another's, or memory is not free.
+            EngineError, LaunchError: it did not wake, and could not be started again either.
+        """
+        self._refuse_if_closing()
+        return await self._ask_of(ev.Wake(next(self._requests), instance_id))
+
+    async def swap(
+        self,
+        incoming: str | Config,
+        outgoing: Sequence[str] | None,
+        *,
+        instance_id: str | None = None,
+        level: int | None = None,
+        drain: float | None = None,
+        refuse: bool = False,
+    ) -> tuple[Instance, Mapping[str, Any]]:
+        """Have one instance ready in the place of others, or, where that fails, all as it was.
+
+        Args:
+            incoming: an id, or the configuration of a new one.
+            outgoing: ids of those that go to sleep; None leaves the choice to Bullpen.
+            instance_id: the id of a new one.
+            level, drain, refuse: as for `sleep`.
+
+        Returns:
+            What came in, and the swap: its number, who came and went, when each stage began.
+
+        Raises:
+            InvalidRequestError, NotFoundError, ConflictError: it was refused and nothing was changed.
+            BullpenError: it was taken back; the text says why and how things are now.
+        """
+        self._refuse_if_closing()
+        depth = None if level is None else Depth(level)
+        new = isinstance(incoming, Config)
+        name = (instance_id or str(uuid.uuid4())) if new else str(incoming)
+        event = ev.Swap(
+            next(self._requests),
+            request.check_id(name) if new else name,
+            None if outgoing is None else tuple(outgoing),
+            depth,
+            self._drain(drain),
+            refuse,
+            key=uuid.uuid4().hex if new else None,
+            config=incoming if isinstance(incoming, Config) else None,
+        )
+        reply = await self._ask(event)
+        assert reply.instance is not None
+        return reply.instance, reply.details
+
+    def _drain(self, seconds: float | None) -> float:
+        return self.settings.drain if seconds is None else seconds
+
+    def describe(self, instance: Instance, word: str | None = None) -> dict[str, Any]:
+        """An instance as JSON data; ``word`` replaces ``status`` where a reply says what was done."""
+        return self._executor.describe(instance, word)
+
+    def explain(self, instance_id: str) -> dict[str, Any]:
+        """Why an instance is as it is and what comes next, as JSON data.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        return explain(self.fleet.roster, self.fleet.get(instance_id), time.time())
+
+    async def gpu_report(self) -> dict[str, Any]:
+        """The accelerators, who has them and what memory is held there, as JSON data."""
+        return await gpu_report(self.fleet, self.resources, self._executor.actuation.owners)
 
     def read_log(self, instance_id: str, start: int = 0, end: int | None = None) -> Chunk:
         """Bytes of an instance's log.
@@ -283,50 +376,16 @@ class Supervisor:
         if since is not None:
             first = self.bus.missed(since)
         else:
-            first = [encode("CREATED", public(instance)) for instance in self.fleet.listed()]
+            first = [encode("CREATED", self.describe(instance)) for instance in self.fleet.listed()]
         return self.bus.subscribe(first, fine=fine)
 
     def readiness(self) -> dict[str, Any]:
         """Whether instances can be forked: ``ready``, and each zygote's state."""
-        zygotes = [
-            {
-                "engine": zygote.command.engine,
-                "pid": zygote.pid,
-                "environment": sorted(dict(zygote.command.early)),
-                **zygote.warmth.describe(),
-            }
-            for zygote in self.resources.zygotes.all()
-        ]
-        # One with variables of its own is no use to an instance without them.
-        ready = any(
-            zygote["engine"] == self.engine and zygote["state"] == "warm" and not zygote["environment"]
-            for zygote in zygotes
-        )
         waiting = sum(not instance.listed for instance in self.fleet.instances.values())
-        return {"ready": ready and not self._closing, "engine": self.engine, "zygotes": zygotes, "waiting": waiting}
+        readiness = self.resources.zygotes.readiness(self.engine)
+        return {**readiness, "ready": readiness["ready"] and not self._closing, "waiting": waiting}
 
     # -- life --------------------------------------------------------------------------------------------------
-
-    def _adopt_all(self, saved: list[Instance]) -> None:
-        journal = self.resources.journal
-        boot = BOOT_ID.read_text().strip()
-        same_boot = journal.fact("boot_id") == boot
-        journal.set_fact("boot_id", boot)
-        for instance in saved:
-            if not same_boot:
-                instance.start_ticks = None  # its processes went with the boot; those numbers are strangers' by now
-            pidfd = open_process(instance) if same_boot else None
-            if pidfd is not None and instance.listed:
-                self._executor.adopt(instance, pidfd)
-                logger.info("adopted %s (pid %s, %s)", instance.id, instance.pid, instance.state)
-            elif pidfd is not None:
-                os.close(pidfd)
-            effects = self.fleet.restore(instance)
-            if pidfd is None and instance.listed and instance.ended_at is None:
-                failure = Failure(CrashClass.UNKNOWN, "it ended while no daemon was watching; its log may say why")
-                self.submit(ev.Exited(instance.id, None, failure))
-            else:
-                self._executor.carry_out(effects)
 
     async def _keep_house(self) -> None:
         while True:
@@ -398,21 +457,6 @@ def choose_engine(settings: Settings) -> str:
     if missing:
         raise StateError(missing)
     return "vllm"
-
-
-def open_process(instance: Instance) -> int | None:
-    """A pidfd of an instance's server process, where that very process still lives."""
-    if instance.pid is None:
-        return None
-    try:
-        pidfd = os.pidfd_open(instance.pid)
-    except OSError:
-        return None
-    process = read_process(instance.pid)
-    if process is None or process.start_ticks != instance.start_ticks or process.state in "ZX":
-        os.close(pidfd)
-        return None
-    return pidfd
 
 
 def fingerprint(path: Path) -> str:

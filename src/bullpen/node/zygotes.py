@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bullpen.errors import LaunchError
 from bullpen.node.zygote import Zygote, ZygoteCommand
@@ -55,6 +56,23 @@ class Zygotes:
     def all(self) -> Sequence[Zygote]:
         """The zygotes there are now, those with variables of their own last."""
         return sorted(self._zygotes.values(), key=lambda zygote: bool(zygote.command.early))
+
+    def readiness(self, engine: str) -> dict[str, Any]:
+        """Whether instances of an engine can be forked (``ready``), and the state of each zygote, as JSON data."""
+        zygotes = [
+            {
+                "engine": zygote.command.engine,
+                "pid": zygote.pid,
+                "environment": sorted(dict(zygote.command.early)),
+                **zygote.warmth.describe(),
+            }
+            for zygote in self.all()
+        ]
+        # One with variables of its own is no use to an instance without them.
+        ready = any(
+            zygote["engine"] == engine and zygote["state"] == "warm" and not zygote["environment"] for zygote in zygotes
+        )
+        return {"ready": ready, "engine": engine, "zygotes": zygotes}
 
     def get(self, engine: str, early: Mapping[str, str]) -> Zygote:
         """The zygote for an engine with these import-time variables; it is started where there is none.

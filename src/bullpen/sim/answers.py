@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from bullpen.sim.requests import ApiError, EmbeddingRequest, GenerateRequest, Json, TokenizeRequest
-from bullpen.sim.words import token_number, tokens, vector
+from bullpen.sim.words import token_number, tokens, vector, wrong_vector
 
 FINGERPRINT = "bullpen-sim"
 OWNER = "bullpen-sim"
@@ -112,11 +112,11 @@ def models(names: Sequence[str], root: str, max_model_len: int, created: int) ->
     return {"object": "list", "data": [{"id": name, "object": "model", **fields} for name in names]}
 
 
-def embeddings(request: EmbeddingRequest, model: str, name: str) -> Json:
-    """The vectors of all inputs; `model` makes them, `name` is what it is called in the answer."""
+def embeddings(request: EmbeddingRequest, model: str, name: str, wrong: bool) -> Json:
+    """The vectors of all inputs, or `wrong` ones; `model` makes them, `name` is what it is called in the answer."""
     data = []
     for index, text in enumerate(request.inputs):
-        values = vector(model, text.text)
+        values = wrong_vector() if wrong else vector(model, text.text)
         packed = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         data.append({"index": index, "object": "embedding", "embedding": packed if request.base64 else values})
     count = sum(text.tokens for text in request.inputs)

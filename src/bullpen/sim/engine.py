@@ -67,9 +67,9 @@ class EngineLink:
                 reply.set_exception(EngineDeadError())
         return self._reap()
 
-    async def call(self, operation: str, tags: list[str] | None = None) -> dict[str, object]:
+    async def call(self, operation: str, **details: object) -> dict[str, object]:
         """Let the child do an operation. Raises EngineDeadError."""
-        packet = json.dumps({"operation": operation, "tags": tags}).encode()
+        packet = json.dumps({"operation": operation, **details}).encode()
         if len(packet) > MAX_PACKET:
             raise ApiError(400, "The tags are too long.", parameter="tags")
         if self._dead:
@@ -99,18 +99,27 @@ class EngineLink:
 class Engine:
     """The engine as the routes see it: alive or not, awake or asleep; sleep and wake go one after the other."""
 
-    def __init__(self, link: EngineLink, scheduler: Scheduler) -> None:
+    def __init__(self, link: EngineLink, scheduler: Scheduler, settings: Settings) -> None:
         self.sleep_level: int | None = None  # as the metrics show it: None is awake
         self._link = link
         self._scheduler = scheduler
+        self._settings = settings
         self._memory_asleep = False
+        self._weights_lost = False
+        self._has_woken = False
         self._lock = asyncio.Lock()
 
     @property
-    def is_sleeping(self) -> bool:
-        """Whether requests have to wait, or memory is asleep. Raises EngineDeadError."""
-        if self._scheduler.dead:
-            raise EngineDeadError
+    def is_wrong(self) -> bool:
+        """Whether answers are wrong: the weights are lost and were not loaded again, or BULLPEN_SIM_FAIL says so."""
+        return self._weights_lost or (self._has_woken and self._settings.fails("answer"))
+
+    async def is_sleeping(self) -> bool:
+        """Whether requests have to wait, or memory is asleep; the engine child tells, once it has time.
+
+        Raises EngineDeadError.
+        """
+        await self._call("look")
         return self._scheduler.paused or self._memory_asleep
 
     async def watch(self) -> int | None:
@@ -127,7 +136,7 @@ class Engine:
         async with self._lock:
             await self._scheduler.pause(mode)
             if level >= 1:
-                await self._call("sleep")
+                await self._call("sleep", level=level)
             self.sleep_level = level
 
     async def wake(self, tags: list[str] | None) -> bool:
@@ -138,7 +147,8 @@ class Engine:
         async with self._lock:
             memory_tags = None if tags is None else [tag for tag in tags if tag != "scheduling"]
             if memory_tags or tags is None:
-                await self._call("wake", memory_tags)
+                await self._call("wake", tags=memory_tags)
+                self._has_woken = True
             if self._scheduler.dead:
                 raise EngineDeadError
             if not self._memory_asleep:
@@ -146,11 +156,15 @@ class Engine:
                 self._scheduler.resume()
             return not self._memory_asleep
 
-    async def _call(self, operation: str, tags: list[str] | None = None) -> None:
-        reply = await self._link.call(operation, tags)
+    async def reload_weights(self) -> None:
+        """Read the weights again, as after a sleep at level 2. Raises EngineDeadError, RuntimeError."""
+        await self._call("reload_weights")
+
+    async def _call(self, operation: str, **details: object) -> None:
+        reply = await self._link.call(operation, **details)
         if "error" in reply:
             raise RuntimeError(f"Call to {operation} method failed: {reply['error']}")
-        self._memory_asleep = bool(reply["asleep"])
+        self._memory_asleep, self._weights_lost = bool(reply["asleep"]), bool(reply["weights_lost"])
 
 
 def _run_child(

@@ -1,6 +1,7 @@
 """A small HTTP/1.1 server: keep-alive, bodies with a length or in chunks, answers whole or streamed, limits on input.
 
-A handler is called for each request. When the client goes away before the answer is complete, the handler is cancelled.
+A handler is called for each request and gives the answer as an asynchronous context, which ends when the answer has
+been sent. When the client goes away before that, the handler is cancelled.
 """
 
 import asyncio
@@ -8,7 +9,7 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -26,13 +27,17 @@ _LINGER_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Request:
-    """One request; header names are in lower case, `path` is decoded, `query` holds every value of a name."""
+    """One request; header names are in lower case, `path` is decoded, `query` holds every value of a name.
+
+    `client` is the client's address, None where it came through a Unix socket.
+    """
 
     method: str
     path: str
     query: dict[str, list[str]]
     headers: dict[str, str]
     body: bytes
+    client: str | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Stream:
     content_type: str
 
 
-Handler = Callable[[Request], Awaitable[Response | Stream]]
+Handler = Callable[[Request], contextlib.AbstractAsyncContextManager[Response | Stream]]
 
 
 class HttpServer:
@@ -113,6 +118,7 @@ class _Connection(asyncio.StreamReaderProtocol):
         self._idle = True
         self._answered = False
         self._client = "-"
+        self._address: str | None = None
         self.task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -121,7 +127,8 @@ class _Connection(asyncio.StreamReaderProtocol):
         loop = asyncio.get_running_loop()
         self._writer = asyncio.StreamWriter(transport, self, self._reader, loop)
         peer = transport.get_extra_info("peername")
-        self._client = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "-"
+        if isinstance(peer, tuple):
+            self._client, self._address = f"{peer[0]}:{peer[1]}", peer[0]
         self._server.connections.add(self)
         self.task = loop.create_task(self._serve())
 
@@ -157,25 +164,31 @@ class _Connection(asyncio.StreamReaderProtocol):
             head = await self._read_head()
             if head is None:
                 return False
-            request = _request(head, await self._read_body(head))
+            request = _request(head, await self._read_body(head), self._address)
         except _ProtocolError as error:
             await self._refuse(error)
             return False
-        try:
-            answer = await self._server.handler(request)
-        except Exception as error:
-            self._server.log.traceback(error)
-            answer = Response(500, b"Internal Server Error", "text/plain; charset=utf-8")
+        async with contextlib.AsyncExitStack() as context:
+            answer: Response | Stream
+            try:
+                answer = await context.enter_async_context(self._server.handler(request))
+            except Exception as error:
+                self._server.log.traceback(error)
+                answer = Response(500, b"Internal Server Error", "text/plain; charset=utf-8")
+            keep_alive = await self._answer(request, answer, head)
+        self._idle = self._answered = True
+        return keep_alive and not self._server.closing
+
+    async def _answer(self, request: Request, answer: Response | Stream, head: _Head) -> bool:
+        """Send an answer; says whether the connection can go on."""
         keep_alive = head.keep_alive and not self._server.closing
         status = answer.status if isinstance(answer, Response) else 200
         line = f"{request.method} {head.target} {head.version}"
         self._server.log.plain(f'INFO:     {self._client} - "{line}" {status} {_phrase(status)}')
         if isinstance(answer, Stream):
-            keep_alive = await self._send_stream(answer, head, keep_alive)
-        else:
-            await self._send(answer, keep_alive, with_body=request.method != "HEAD")
-        self._idle = self._answered = True
-        return keep_alive and not self._server.closing
+            return await self._send_stream(answer, head, keep_alive)
+        await self._send(answer, keep_alive, with_body=request.method != "HEAD")
+        return keep_alive
 
     async def _read_head(self) -> _Head | None:
         """The next request's head, None when the client sends no more or is idle for too long."""
@@ -292,7 +305,7 @@ def _parse_head(data: bytes) -> _Head:
     return _Head(parts[0], parts[1], parts[2], headers)
 
 
-def _request(head: _Head, body: bytes) -> Request:
+def _request(head: _Head, body: bytes, client: str | None) -> Request:
     target = head.target
     if not target.startswith("/"):
         try:
@@ -304,7 +317,7 @@ def _request(head: _Head, body: bytes) -> Request:
         values = parse_qs(query, keep_blank_values=True)
     except ValueError:
         raise _ProtocolError(400, "Invalid HTTP request received.") from None
-    return Request(head.method, unquote(path), values, head.headers, body)
+    return Request(head.method, unquote(path), values, head.headers, body, client)
 
 
 def _phrase(status: int) -> str:

@@ -1,6 +1,7 @@
 """The command line of one instance: vLLM's, of which the simulator reads a small part and takes the rest as given."""
 
 import json
+import math
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +15,14 @@ DEFAULT_PORT = 8000
 FlagValue = str | tuple[str, ...] | bool
 
 _OWN_SINGLE_VALUE = frozenset({"--model", "--host", "--port", "--uds", "--max-model-len"})
+_SIZES = ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
+_UTILIZATION = "--gpu-memory-utilization"
+_OTHER_NAMES = {
+    **dict(zip(("-tp", "-pp", "-dp"), _SIZES, strict=True)),
+    "--device-memory-utilization": _UTILIZATION,
+}
+# What older releases call `--runner pooling`, in part or whole.
+_POOLING_TASKS = frozenset({"classify", "embed", "embedding", "reward", "score"})
 _OWN = _OWN_SINGLE_VALUE | {"--served-model-name", "--enable-sleep-mode", "--api-key"}
 _NEVER_LOGGED = frozenset({"--api-key", "--hf-token", "--watermark-config"})
 _MOST_PORT = 65_535
@@ -31,7 +40,9 @@ class SimOptions:
     """What the simulator was told on its command line.
 
     `host` and `port` are None where the command line does not name them (a server then listens on every address,
-    port `DEFAULT_PORT`); `max_model_len` is in tokens, None where it is not set. `given` lists every flag as it came,
+    port `DEFAULT_PORT`); `max_model_len` is in tokens, None where it is not set. `devices` is how many accelerators
+    the tensor, pipeline and data parallel sizes make, `utilization` the share of their memory that is asked for (None
+    where it is not set). A `pooling` model gives embeddings and writes no text. `given` lists every flag as it came,
     secrets replaced by `***`, for the log.
     """
 
@@ -43,6 +54,9 @@ class SimOptions:
     api_key: tuple[str, ...]
     uds: str | None
     max_model_len: int | None
+    devices: int
+    utilization: float | None
+    pooling: bool
     given: tuple[tuple[str, FlagValue], ...]
 
 
@@ -72,6 +86,9 @@ def parse(argv: Sequence[str], known_flags: frozenset[str] | None = None) -> Sim
         api_key=_several(flags, "--api-key"),
         uds=_single(flags, "--uds") or None,
         max_model_len=_max_model_len(_single(flags, "--max-model-len")),
+        devices=math.prod(_size(name, _single(flags, name)) for name in _SIZES),
+        utilization=_utilization(_single(flags, _UTILIZATION)),
+        pooling=_is_pooling(flags),
         given=tuple(
             (name.lstrip("-").replace("-", "_"), "***" if name in _NEVER_LOGGED else value)
             for name, value in flags.items()
@@ -140,9 +157,13 @@ def _split_flag(word: str) -> tuple[str, str | None]:
 
 
 def _canonical(flag: str) -> str:
-    """`--max_model_len` and `--max-model-len` are one flag; the part after a dot names a key and stays as it is."""
+    """`--max_model_len` and `--max-model-len` are one flag, and so are `-tp` and `--tensor-parallel-size`.
+
+    The part after a dot names a key and stays as it is.
+    """
     name, dot, key = flag.partition(".")
-    return name.replace("_", "-") + dot + key
+    name = name.replace("_", "-")
+    return _OTHER_NAMES.get(name, name) + dot + key
 
 
 def _is_known(name: str, known: frozenset[str]) -> bool:
@@ -181,6 +202,31 @@ def _max_model_len(text: str | None) -> int | None:
             f"argument --max-model-len: {text!r} is no number of tokens: give a whole number, like 4096 or 8k"
         )
     return int(tokens)
+
+
+def _size(name: str, text: str | None) -> int:
+    if text is None:
+        return 1
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
+        raise OptionsError(f"argument {name}: {text!r} is no number of devices: give a whole number from 1")
+    return int(text)
+
+
+def _utilization(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise OptionsError(f"argument {_UTILIZATION}: {text!r} is no share of the memory: give more than 0, at most 1")
+    return share
+
+
+def _is_pooling(flags: dict[str, FlagValue]) -> bool:
+    task = _single(flags, "--task")
+    return _single(flags, "--runner") == "pooling" or _single(flags, "--convert") == "embed" or task in _POOLING_TASKS
 
 
 def _check_json(flags: dict[str, FlagValue]) -> None:

@@ -77,6 +77,19 @@ def parse_body(content_type: str, body: bytes) -> Json:
     return data
 
 
+def rpc_request(body: bytes) -> Json:
+    """Check the body of `POST /collective_rpc`, whatever its content type. Raises ApiError."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"JSON decode error: {error}", "Bad Request") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, "Request body must be a JSON object", "Bad Request")
+    if data.get("method") is None:
+        raise ApiError(400, "Missing 'method' in request body", "Bad Request")
+    return data
+
+
 def completion_request(body: Json) -> GenerateRequest:
     """Check the body of `POST /v1/completions`. Raises ApiError."""
     prompt = body.get("prompt")

@@ -21,6 +21,7 @@ from bullpen.sim.requests import (
     embedding_request,
     internal_error,
     parse_body,
+    rpc_request,
     tokenize_request,
 )
 from bullpen.sim.scheduler import EngineDeadError, Scheduler
@@ -46,8 +47,8 @@ class Routes:
         self._scheduler = scheduler
         self._log = log
         self._metrics = Metrics(options.served_model_names[0])
-        self._writer = Writer(options.model, options.max_model_len or KV_CACHE_TOKENS, scheduler, self._metrics)
         self._max_model_len = options.max_model_len or KV_CACHE_TOKENS
+        self._writer = Writer(options.model, self._max_model_len, scheduler, self._metrics, lambda: engine.is_wrong)
         self._keys = options.api_key or ((settings.api_key,) if settings.api_key else ())
         self._created = int(time.time())
         self._tasks: set[asyncio.Task[object]] = set()
@@ -65,6 +66,10 @@ class Routes:
             self._table["/sleep"] = ("POST", self._sleep)
             self._table["/wake_up"] = ("POST", self._wake_up)
             self._table["/is_sleeping"] = ("GET", self._is_sleeping)
+            self._table["/collective_rpc"] = ("POST", self._collective_rpc)
+            self._table["/reset_prefix_cache"] = ("POST", self._reset_prefix_cache)
+            self._table["/reset_mm_cache"] = ("POST", self._reset)
+            self._table["/reset_encoder_cache"] = ("POST", self._reset)
 
     async def __call__(self, request: Request) -> Response | Stream:
         """Answer one request; what goes wrong becomes an answer too."""
@@ -87,7 +92,7 @@ class Routes:
         return not self._keys or request.method == "OPTIONS" or (scheme.lower() == "bearer" and key in self._keys)
 
     async def _health(self, request: Request) -> Response:
-        return Response(503 if self._scheduler.dead or self._settings.fail == "health" else 200)
+        return Response(503 if self._scheduler.dead or self._settings.fails("health") else 200)
 
     async def _version(self, request: Request) -> Response:
         return _json({"version": VERSION})
@@ -135,7 +140,7 @@ class Routes:
                 raise ApiError(500, "The request was aborted.", "InternalServerError")
         self._metrics.finished("stop")
         self._metrics.prompt_tokens += sum(text.tokens for text in wanted.inputs)
-        return _json(answers.embeddings(wanted, self._options.model, name))
+        return _json(answers.embeddings(wanted, self._options.model, name, self._engine.is_wrong))
 
     async def _sleep(self, request: Request) -> Response:
         level = request.query.get("level", ["1"])[-1]
@@ -154,7 +159,24 @@ class Routes:
         return _json({"status": "awake" if awake else "sleeping", "tags": tags})
 
     async def _is_sleeping(self, request: Request) -> Response:
-        return _json({"is_sleeping": self._engine.is_sleeping})
+        return _json({"is_sleeping": await self._engine.is_sleeping()})
+
+    async def _collective_rpc(self, request: Request) -> Response:
+        body = rpc_request(request.body)
+        if body["method"] != "reload_weights":
+            message = f"Call to collective_rpc method failed: 'Worker' object has no attribute {body['method']!r}"
+            raise ApiError(500, message, "InternalServerError")
+        try:
+            await self._engine.reload_weights()
+        except RuntimeError as error:
+            raise internal_error(error) from None
+        return _json({"results": [None]})
+
+    async def _reset_prefix_cache(self, request: Request) -> Response:
+        return _json({"success": not self._scheduler.running})
+
+    async def _reset(self, request: Request) -> Response:
+        return Response(200)
 
     async def _operate(self, name: str, operation: Coroutine[object, object, _T]) -> _T:
         """Do a sleep-mode operation to its end, whether or not the client waits for it."""
@@ -180,7 +202,7 @@ class Routes:
         return name or names[0]
 
     def _fail_if_asked(self) -> None:
-        if self._settings.fail == "request":
+        if self._settings.fails("request"):
             self._metrics.finished("error")
             message = "the simulated engine fails this request because BULLPEN_SIM_FAIL=request asks for it"
             raise ApiError(500, message, "InternalServerError")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from bullpen.gate.state import Gate
+from bullpen.sim.door import Door
 from bullpen.sim.engine import Engine, EngineLink
 from bullpen.sim.engine_child import KV_CACHE_TOKENS
 from bullpen.sim.http import HttpServer
@@ -124,8 +126,9 @@ class _Server:
 
     def __init__(self, options: SimOptions, settings: Settings, link: EngineLink, log: Log) -> None:
         scheduler = Scheduler(settings.tokens_per_second)
-        self._engine = Engine(link, scheduler)
-        self._http = HttpServer(Routes(options, settings, self._engine, scheduler, log), log)
+        self._engine = Engine(link, scheduler, settings)
+        routes = Routes(options, settings, self._engine, scheduler, log)
+        self._http = HttpServer(Door(Gate.from_environment(os.environ), routes), log)
         self._link = link
         self._log = log
         self._scheduler = scheduler

@@ -38,6 +38,18 @@ def completion(model: str, prompt: str) -> Iterator[str]:
             yield word if block == position == 0 else f" {word}"
 
 
+def wrong_completion() -> Iterator[str]:
+    """What a model whose weights are lost says: always the same, and no word that `completion` has."""
+    yield "!"
+    while True:
+        yield " !"
+
+
+def wrong_vector() -> list[float]:
+    """The embedding by a model whose weights are lost: the same for every text, of Euclidean length 1."""
+    return [1 / math.sqrt(VECTOR_SIZE)] * VECTOR_SIZE
+
+
 def vector(model: str, text: str) -> list[float]:
     """The embedding of a text: `VECTOR_SIZE` numbers of Euclidean length 1."""
     data = hashlib.shake_256(_digest(model, text)).digest(4 * VECTOR_SIZE)

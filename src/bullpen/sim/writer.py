@@ -1,7 +1,7 @@
 """Makes the text of completions at the scheduler's pace, whole or token by token, and counts it."""
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -12,13 +12,19 @@ from bullpen.sim.scheduler import EngineDeadError, Generation, Scheduler
 
 
 class Writer:
-    """Writes answers for one model, whose context holds `max_model_len` tokens."""
+    """Writes answers for one model, whose context holds `max_model_len` tokens.
 
-    def __init__(self, model: str, max_model_len: int, scheduler: Scheduler, metrics: Metrics) -> None:
+    What `is_wrong` says when tokens are made decides whether they are what the model should say.
+    """
+
+    def __init__(
+        self, model: str, max_model_len: int, scheduler: Scheduler, metrics: Metrics, is_wrong: Callable[[], bool]
+    ) -> None:
         self._model = model
         self._max_model_len = max_model_len
         self._scheduler = scheduler
         self._metrics = metrics
+        self._is_wrong = is_wrong
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be written. Raises ApiError, EngineDeadError."""
@@ -39,27 +45,30 @@ class Writer:
         request = answer.request
         with self._generation(request) as generation:
             made = await generation.advance(request.max_tokens)
-            texts = ["".join(islice(self._text(prompt.text), made)) for prompt in request.prompts]
+            wrong = self._is_wrong()
+            texts = ["".join(islice(self._text(prompt.text, wrong), made)) for prompt in request.prompts]
             return answer.whole(texts, made, generation.finish_reason or "abort")
 
     async def stream(self, answer: answers.Answer) -> AsyncGenerator[bytes, None]:
         """Write server-sent events, one for each token of each prompt."""
         request = answer.request
-        texts = [self._text(prompt.text) for prompt in request.prompts]
+        pairs = [(self._text(prompt.text, False), self._text(prompt.text, True)) for prompt in request.prompts]
         try:
             with self._generation(request) as generation:
                 sent = 0
                 while generation.finish_reason is None or sent < generation.made:
                     made = await generation.advance(sent + 1)
+                    wrong = self._is_wrong()
                     for piece in answer.opening() if sent == 0 else ():
                         yield _event(piece)
                     for position in range(sent, made):
                         reason = "length" if position + 1 == request.max_tokens else None
-                        for index, text in enumerate(texts):
-                            yield _event(answer.piece(index, next(text), reason))
+                        for index, pair in enumerate(pairs):
+                            tokens = [next(text) for text in pair]
+                            yield _event(answer.piece(index, tokens[wrong], reason))
                     sent = made
                 if sent < request.max_tokens:
-                    for index in range(len(texts)):
+                    for index in range(len(pairs)):
                         yield _event(answer.piece(index, "", "abort"))
                 if request.include_usage:
                     yield _event(answer.usage_piece(sent))
@@ -67,8 +76,8 @@ class Writer:
             yield _event(answers.error(internal_error(error)))
         yield b"data: [DONE]\n\n"
 
-    def _text(self, prompt: str) -> Iterator[str]:
-        return words.completion(self._model, prompt)
+    def _text(self, prompt: str, wrong: bool) -> Iterator[str]:
+        return words.wrong_completion() if wrong else words.completion(self._model, prompt)
 
     @contextmanager
     def _generation(self, request: GenerateRequest) -> Iterator[Generation]:

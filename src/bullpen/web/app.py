@@ -17,7 +17,7 @@ from bullpen import __version__
 from bullpen.errors import LaunchError
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
-from bullpen.web import access, errors, system, v1, v2
+from bullpen.web import access, errors, sleep, swap, system, v1, v2
 
 logger = logging.getLogger("bullpen")
 
@@ -25,6 +25,7 @@ DESCRIPTION = """
 vLLM servers, forked from a warm parent in under a second, and managed over REST.
 
 `POST /v2/vllm/instances` starts one; watch it under `/v2/vllm/instances/watch`; talk to it at its `url`.
+`POST /v2/vllm/swap` puts some to sleep and has another one ready in their place.
 """
 
 
@@ -63,7 +64,7 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    for face in (system, v2, v1):
+    for face in (system, v2, sleep, swap, v1):
         app.include_router(face.router)
     errors.install(app)
     app.add_middleware(access.Access, key=settings.access_key, allow_unauthenticated=settings.allow_unauthenticated)

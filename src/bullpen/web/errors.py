@@ -16,16 +16,16 @@ from bullpen.node.bus import RevisionGoneError
 from bullpen.web import models
 
 STATUS: Mapping[type[BullpenError], int] = {ConflictError: 409, NotFoundError: 404, RevisionGoneError: 410}
-"""An `InvalidRequestError` is 422, with its place; all others are 500: `LaunchError`, `StuckError`, `StateError`."""
+"""An `InvalidRequestError` is 422, with its place; all others are 500: `LaunchError`, `EngineError`, `StuckError`, …"""
 
 MEANING = {
     400: "the request cannot be read",
     404: "there is no such instance",
-    409: "id, port or GPU belongs to another instance, which is named",
+    409: "id, port or GPU belongs to another instance, which is named; or it is busy, or cannot do that",
     410: "the events after that revision are not kept any more, or have not happened",
     416: "the log is not that long",
     422: "the request can never work; what is wrong with it is named, never quoted",
-    500: "no process could be made",
+    500: "no process could be made or ended, or the engine did not do it: the text says how things are now",
 }
 
 
@@ -39,7 +39,7 @@ def install(app: FastAPI) -> None:
 async def on_bullpen_error(request: Request, error: Exception) -> JSONResponse:
     """Answer with the error's own sentence."""
     if isinstance(error, InvalidRequestError):
-        location = ["path" if error.field == "instance_id" else "body", error.field]
+        location = ["path" if error.field in request.path_params else "body", *error.field.split(".")]
         return problems([{"type": error.kind, "loc": location, "msg": str(error)}])
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
     return JSONResponse({"detail": str(error)}, status)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from bullpen.core.public import public, status
+from bullpen.core.public import status
 from bullpen.node.logs import MAX_CHUNK
 from bullpen.node.supervisor import Supervisor
 from bullpen.web import models
@@ -32,7 +32,7 @@ async def create(request: Request, config: models.VllmConfig, instance_id: str |
     """Create an instance and describe it."""
     supervisor = supervisor_of(request)
     instance = await supervisor.create(supervisor.read_config(**config.model_dump()), instance_id)
-    return JSONResponse(public(instance, "started"), 201)
+    return JSONResponse(supervisor.describe(instance, "started"), 201)
 
 
 @router.post(
@@ -55,7 +55,8 @@ async def create_instance(request: Request, config: models.VllmConfig) -> Respon
 )
 async def list_instances(request: Request, detail: bool = True) -> Response:
     """List all instances, with details or (`detail=False`) by id alone."""
-    fleet = supervisor_of(request).fleet
+    supervisor = supervisor_of(request)
+    fleet = supervisor.fleet
     instances = fleet.listed()
     if not detail:
         ids = [instance.id for instance in instances]
@@ -65,7 +66,7 @@ async def list_instances(request: Request, detail: bool = True) -> Response:
             "revision": fleet.revision,
             "total_instances": len(instances),
             "running_instances": sum(status(instance) == "running" for instance in instances),
-            "instances": [public(instance) for instance in instances],
+            "instances": [supervisor.describe(instance) for instance in instances],
         }
     )
 
@@ -73,7 +74,8 @@ async def list_instances(request: Request, detail: bool = True) -> Response:
 @router.delete("", response_model=models.AllStopped, responses=documented(500), summary="Stop and remove all instances")
 async def delete_all_instances(request: Request) -> Response:
     """Stop all instances side by side, and remove them."""
-    stopped = [public(instance, word) for instance, word in await supervisor_of(request).stop_all()]
+    supervisor = supervisor_of(request)
+    stopped = [supervisor.describe(instance, word) for instance, word in await supervisor.stop_all()]
     return JSONResponse({"status": "all_stopped", "stopped_instances": stopped, "total_stopped": len(stopped)})
 
 
@@ -89,7 +91,8 @@ async def watch_instances(
 ) -> Response:
     """Events as lines of JSON, until the caller leaves: CREATED, STOPPED, DELETED, each with its revision.
 
-    Without `since`, it begins with a CREATED for every instance there is.
+    Without `since`, it begins with a CREATED for every instance there is. With `events=all` there is a STATE for every
+    change of an instance, a SWAP for every stage of a swap, and a HEARTBEAT every 15 s.
     """
     stream = supervisor_of(request).watch(None if since is None else int(since), fine=events == "all")
     return StreamingResponse(stream, media_type="application/x-ndjson", headers=STREAM_HEADERS)
@@ -110,7 +113,8 @@ async def create_named_instance(request: Request, instance_id: str, config: mode
 @router.get("/{instance_id}", response_model=models.Instance, responses=documented(404), summary="One instance")
 async def get_instance(request: Request, instance_id: str) -> Response:
     """Describe one instance."""
-    return JSONResponse(public(supervisor_of(request).fleet.get(instance_id)))
+    supervisor = supervisor_of(request)
+    return JSONResponse(supervisor.describe(supervisor.fleet.get(instance_id)))
 
 
 @router.delete(
@@ -121,8 +125,9 @@ async def get_instance(request: Request, instance_id: str) -> Response:
 )
 async def delete_instance(request: Request, instance_id: str) -> Response:
     """Stop an instance and remove it. When the reply comes, no process of it is left."""
-    instance, word = await supervisor_of(request).stop(instance_id)
-    return JSONResponse(public(instance, word))
+    supervisor = supervisor_of(request)
+    instance, word = await supervisor.stop(instance_id)
+    return JSONResponse(supervisor.describe(instance, word))
 
 
 @router.get(

@@ -1,4 +1,4 @@
-"""Bullpen itself, the engine's interpreter, vLLM, and the accelerators that it is built for."""
+"""Bullpen itself, the engine's interpreter, and vLLM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from bullpen import __version__
 from bullpen.cli.checks import Finding, ok, problem, warning
 from bullpen.engines.registry import ENGINES
 from bullpen.engines.vllm import HOW_TO_INSTALL
-from bullpen.errors import StateError
-from bullpen.node.gpus import nvidia_gpus
 from bullpen.node.settings import Settings
 
 LOOK_SECONDS = 30.0
@@ -62,16 +60,15 @@ def look_into(python: str) -> Interpreter | None:
     )
 
 
-def check_software(settings: Settings) -> list[Finding]:
-    """Bullpen, engine and accelerators."""
-    interpreter = look_into(settings.engine_python)
+def check_software(settings: Settings, interpreter: Interpreter | None) -> list[Finding]:
+    """Bullpen and engine, given what `look_into` found."""
     findings = [ok("Bullpen", f"{__version__}, on Python {platform.python_version()} at {sys.executable}")]
     if interpreter is None:
         advice = "give one that works with --engine-python or BULLPEN_ENGINE_PYTHON"
         return [*findings, problem("interpreter", f"{settings.engine_python} cannot be run", advice)]
     if settings.engine_python != sys.executable:
         findings.append(ok("interpreter", f"Python {interpreter.python} at {settings.engine_python}"))
-    return [*findings, check_vllm(settings, interpreter), check_default(settings), *check_gpus(interpreter)]
+    return [*findings, check_vllm(settings, interpreter), check_default(settings)]
 
 
 def check_vllm(settings: Settings, interpreter: Interpreter) -> Finding:
@@ -93,20 +90,3 @@ def check_default(settings: Settings) -> Finding:
     if ENGINES["vllm"].missing(settings.engine_python) is None:
         return ok("default engine", "vllm, because it is installed")
     return problem("default engine", "none", "install vLLM, or choose the simulator with --engine sim")
-
-
-def check_gpus(interpreter: Interpreter) -> list[Finding]:
-    """Which GPUs are there, and is this vLLM built for them?"""
-    try:
-        gpus = nvidia_gpus()
-    except StateError as trouble:
-        return [problem("GPUs", str(trouble), "install the driver that fits the kernel, or reboot after its update")]
-    if not gpus:
-        if interpreter.platform == "cuda":
-            advice = "check the driver with nvidia-smi, run the container with --gpus all, or install vLLM for the CPU"
-            return [warning("GPUs", "none is visible, and this vLLM is built for CUDA", advice)]
-        return [ok("GPUs", "none of NVIDIA's; vLLM runs on the CPU")]
-    findings = [ok(f"GPU {gpu.index}", f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB, {gpu.uuid}") for gpu in gpus]
-    if interpreter.platform == "cpu":
-        findings.append(warning("GPUs", "not used: this vLLM is built for the CPU", "install vLLM for CUDA"))
-    return findings

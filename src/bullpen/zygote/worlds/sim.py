@@ -51,6 +51,11 @@ class SimWorld:
             "uds": parsed.uds,
             "tls": False,
             "served_model_names": list(parsed.served_model_names),
+            "version": "sim",
+            "sleep": None,  # nothing stands in its way
+            "utilization": parsed.utilization,
+            "devices": parsed.devices,
+            "pooling": parsed.pooling,
         }
 
     def serve(self, argv: Sequence[str], user_environment: Mapping[str, str]) -> int:

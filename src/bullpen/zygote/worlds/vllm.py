@@ -69,7 +69,14 @@ class VllmWorld:
         torch.set_num_threads(1)
 
     def check(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Have vLLM's own parser and its checks read a command line."""
+        """Have vLLM's own parser and its checks read a command line; beside what every world answers:
+
+        ``version``: of vLLM. ``sleep``: why this server could not sleep, None where it can. ``sleep_enabled``: whether
+        the options ask for sleep mode. ``utilization``: the part of each accelerator's memory that it will use;
+        ``utilization_given``: whether the options say so. ``devices``: the accelerators that it needs here.
+        ``pooling``: whether the options ask for a model that embeds or classifies. ``kv_bytes``: the size of the KV
+        cache in bytes where the options name one.
+        """
         arguments = self._parse(argv)
         model = arguments.model_tag or arguments.model
         if not model:
@@ -77,13 +84,25 @@ class VllmWorld:
         if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
             raise OptionsError(f"argument --model: there is nothing at {model}")
         names = arguments.served_model_name or [model]
+        platform_cannot = no_sleep_here()
+        if arguments.enable_sleep_mode and platform_cannot:
+            # Else vLLM would say so much later, in the log of a server that ends.
+            raise OptionsError(f"argument --enable-sleep-mode: leave it out: {platform_cannot}")
         return {
+            "version": installed_version_text(),
             "model": model,
             "port": arguments.port,
             "host": arguments.host,
             "uds": arguments.uds,
             "tls": bool(arguments.ssl_certfile),
             "served_model_names": [names] if isinstance(names, str) else list(names),
+            "sleep": platform_cannot or no_sleep_with(arguments),
+            "sleep_enabled": bool(arguments.enable_sleep_mode),
+            "utilization": arguments.gpu_memory_utilization,
+            "utilization_given": arguments.utilization_given,
+            "devices": devices(arguments),
+            "pooling": arguments.runner == "pooling" or arguments.convert not in ("auto", "none"),
+            "kv_bytes": arguments.kv_cache_memory_bytes,
         }
 
     def _parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -92,8 +111,12 @@ class VllmWorld:
         assert self._parser is not None, "preload comes first"
         # The defaults are vLLM's own (a model of its choice, port 8000): what counts is what the user gave.
         self._parser.set_defaults(model=None, port=None)
+        unsaid = argparse.Namespace(gpu_memory_utilization=None)
         try:
-            arguments = self._parser.parse_args(list(argv))
+            arguments = self._parser.parse_args(list(argv), unsaid)
+            arguments.utilization_given = arguments.gpu_memory_utilization is not None
+            if not arguments.utilization_given:
+                arguments.gpu_memory_utilization = self._parser.get_default("gpu_memory_utilization")
             chosen, arguments.port = arguments.port, arguments.port or 0
             ServeSubcommand().validate(arguments)
             arguments.port = chosen
@@ -119,11 +142,16 @@ class VllmWorld:
         return 0
 
 
-def installed_version() -> tuple[int, ...]:
-    """The version of the vLLM that was imported; ``(0,)`` where it does not say."""
+def installed_version_text() -> str:
+    """The version of the vLLM that was imported, as it says it; empty where it does not."""
     import vllm
 
-    numbers = re.match(r"[0-9.]*", str(getattr(vllm, "__version__", "")))
+    return str(getattr(vllm, "__version__", ""))
+
+
+def installed_version() -> tuple[int, ...]:
+    """The same in numbers; ``(0,)`` where it does not say."""
+    numbers = re.match(r"[0-9.]*", installed_version_text())
     return tuple(int(number) for number in (numbers[0] if numbers else "").split(".") if number) or (0,)
 
 
@@ -153,6 +181,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def no_sleep_here() -> str | None:
+    """Why vLLM cannot sleep on this platform; None where it can. Asks for the platform's kind alone, which touches no
+    accelerator."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_sleep_mode_available():
+        return None
+    kind = current_platform.device_type or "a machine where it finds no accelerator"
+    return f"vLLM cannot sleep on {kind}; ask for an emulated sleep (`sleep: emulate`)"
+
+
+def no_sleep_with(arguments: argparse.Namespace) -> str | None:
+    """Why a server with these options could not sleep; None where it can."""
+    servers = arguments.api_server_count
+    if servers is None:
+        servers = arguments.data_parallel_size  # what vLLM makes of it
+    if servers > 1:
+        return (
+            f"it would have {servers} API servers, each of which admits requests by itself; "
+            "give --api-server-count 1 so that it can sleep"
+        )
+    if arguments.load_format == "ipc_cache":
+        return "its weights stay in vLLM's weight cache daemon (--load-format ipc_cache), which sleep cannot reach"
+    return None
+
+
+def devices(arguments: argparse.Namespace) -> int:
+    """How many accelerators a server takes on this machine, counted as vLLM counts its workers."""
+    workers: int = (
+        arguments.tensor_parallel_size * arguments.pipeline_parallel_size * arguments.prefill_context_parallel_size
+    )
+    replicas: int = arguments.data_parallel_size
+    nodes: int = arguments.nnodes
+    if nodes > 1:
+        return workers * replicas // nodes
+    if arguments.data_parallel_rank is not None or arguments.data_parallel_external_lb:
+        return workers
+    if arguments.data_parallel_size_local is not None:
+        replicas = arguments.data_parallel_size_local
+    return workers * replicas
+
+
 def positive_number(text: str | None) -> int | None:
     """The number that ``text`` says, where it says one above zero."""
     return int(text) if text and text.isdecimal() and int(text) > 0 else None
@@ -161,11 +231,10 @@ def positive_number(text: str | None) -> int | None:
 def facts() -> dict[str, Any]:
     """What a user may want to know of this vLLM."""
     import torch
-    import vllm
     from vllm.platforms import current_platform
 
     return {
-        "version": vllm.__version__,
+        "version": installed_version_text(),
         "platform": str(current_platform.device_type),
         "torch": torch.__version__,
     }

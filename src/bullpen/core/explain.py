@@ -1,0 +1,64 @@
+"""Why an instance is as it is: for ``explain``, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bullpen.core.instance import Depth, Instance, State
+from bullpen.core.laddering import due
+from bullpen.core.operation import Operation
+from bullpen.core.public import depth_name, timestamp
+from bullpen.core.roster import Roster
+
+
+def explain(roster: Roster, instance: Instance, now: float) -> dict[str, Any]:
+    """Everything that was decided about an instance and what comes next, as JSON data."""
+    operation = roster.operation(instance.id)
+    verdicts = roster.profile(instance).verdicts
+    return {
+        "instance_id": instance.id,
+        "state": str(instance.state),
+        "summary": summary(instance, operation),
+        "waits_for": (operation.waits_for or None) if operation is not None else None,
+        "next_step": next_step(roster, instance, now),
+        "works": {
+            depth_name(depth): {"works": verdict.works, "why": verdict.why, "at": timestamp(verdict.at)}
+            if (verdict := verdicts.get(int(depth)))
+            else None
+            for depth in (Depth.LEVEL_1, Depth.LEVEL_2)
+        },
+        "notes": [{"at": timestamp(note.at), "text": note.text} for note in instance.notes],
+    }
+
+
+def summary(instance: Instance, operation: Operation | None) -> str:
+    """One sentence: what it is, and why."""
+    if operation is not None and operation.waits_for:
+        return f"It is {instance.state} and waits {operation.waits_for}, to {operation.doing}: {operation.reason}."
+    if operation is not None:
+        return f"It is {instance.state}; under way: {operation.doing}, {operation.stage} ({operation.reason})."
+    if instance.error is not None:
+        return f"It is {instance.state}: {instance.error.message}"
+    why = f": {instance.notes[-1].text}" if instance.notes else ""
+    return f"It is {described(instance)}{why}."
+
+
+def described(instance: Instance) -> str:
+    """Its state, and how deep it sleeps."""
+    if instance.state is not State.SLEEPING:
+        return str(instance.state)
+    return "sleeping (emulated)" if instance.depth is Depth.STOPPED else f"sleeping at level {int(instance.depth)}"
+
+
+def next_step(roster: Roster, instance: Instance, now: float) -> dict[str, Any] | None:
+    """The next step down the ladder, if nobody uses it."""
+    step = due(roster, instance)
+    if step is None or instance.state not in (State.READY, State.SLEEPING) or roster.operation(instance.id) is not None:
+        return None
+    depth, after = step
+    idle = max(0.0, now - instance.last_used) if instance.last_used is not None else 0.0
+    return {
+        "to": depth_name(depth),
+        "in_seconds": round(max(0.0, after - idle), 1),
+        "why": f"unless a request comes: {after:g} s without one",
+    }

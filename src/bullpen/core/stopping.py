@@ -1,0 +1,171 @@
+"""How an instance ends: asked to, by itself, or to make room; and what is left of it.
+
+SIGTERM → exit, or SIGKILL at the deadline → no process left → removed, answered. Where the instance is to stay, what
+follows that stands in its `Pending.after`.
+"""
+
+from __future__ import annotations
+
+from bullpen.core import effects as fx
+from bullpen.core import events as ev
+from bullpen.core.instance import ENDED, Depth, Instance, State
+from bullpen.core.operation import After
+from bullpen.core.roster import Roster, refusal_of
+from bullpen.engines.crash import CrashClass, Failure
+from bullpen.errors import ConflictError, LaunchError, NotFoundError, StuckError
+
+STOP_TIMER = "stop"
+SHORT_PATIENCE = 0.5
+"""Seconds from SIGTERM to SIGKILL, at most, for a server that has nothing to finish: it starts, or it sleeps."""
+
+TERMINATED = "terminated"
+NOT_RUNNING = "not_running"
+
+
+class Stopping:
+    """Ends instances."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+
+    # -- asked to ----------------------------------------------------------------------------------------------
+
+    def stop(self, event: ev.Stop, now: float) -> list[fx.Effect]:
+        """Stop and remove a listed instance whose start is decided."""
+        instance = self._roster.instances.get(event.id)
+        if instance is None:
+            return [fx.Reply(event.request, error=NotFoundError(f"no instance {event.id!r}"))]
+        pending = self._roster.pending[event.id]
+        over = instance.ended_at is not None and (instance.state in ENDED or instance.state is State.SLEEPING)
+        pending.stops.append((event.request, NOT_RUNNING if over else TERMINATED))
+        pending.after = None
+        operation = pending.operation
+        if operation is not None:
+            operation.requests, operation.wakers = operation.requests + operation.wakers, []
+            if operation.is_half_told:
+                instance.depth = Depth.AWAKE  # nobody will hear how far its engine has come
+        deleted = ConflictError(f"instance {event.id!r} was deleted meanwhile")
+        answers = self._roster.finish(instance, "", deleted)
+        pending.awaits = None
+        if instance.tree_gone and not instance.ended_at:
+            answers = [fx.LetGo(event.id), *answers]
+        if instance.tree_gone:
+            return [*answers, *self._remove(instance)]
+        if instance.state in ENDED:
+            return [*answers, *self.kill(instance)]
+        return [*answers, *self._terminate(instance, event.timeout, now)]
+
+    def _terminate(self, instance: Instance, timeout: float, now: float) -> list[fx.Effect]:
+        # vLLM does not heed SIGTERM until it has started, and one that sleeps has nothing to finish.
+        idle = instance.state in (State.STARTING, State.SLEEPING)
+        patience = min(timeout, SHORT_PATIENCE) if idle else timeout
+        pending = self._roster.pending[instance.id]
+        kill_at = now + patience
+        timer = fx.SetTimer(instance.id, STOP_TIMER, patience)
+        if instance.state is State.STOPPING:
+            if pending.kill_at is None or kill_at >= pending.kill_at:
+                return []  # it is being killed, or will be earlier
+            pending.kill_at = kill_at
+            return [timer]
+        instance.enter(State.STOPPING)
+        instance.phase = None
+        begun: list[fx.Effect] = [fx.ClearTimers(instance.id), fx.Save(instance.id), fx.PublishState(instance)]
+        if pending.killing:
+            return begun
+        pending.kill_at = kill_at
+        return [*begun, fx.Terminate(instance.id), timer]
+
+    def timer_fired(self, instance: Instance) -> list[fx.Effect]:
+        """The time from SIGTERM to SIGKILL is over."""
+        return self.kill(instance) if instance.state is State.STOPPING else []
+
+    # -- by itself, or at last ---------------------------------------------------------------------------------
+
+    def exited(self, event: ev.Exited, now: float) -> list[fx.Effect]:
+        """The server process of an instance has ended while nobody had asked for that, or in the course of a stop."""
+        instance = self._roster.instances[event.id]
+        instance.exit_code, instance.ended_at = event.code, now
+        pending = self._roster.pending[event.id]
+        if pending.after is not None:
+            return self._roster.publish("STOPPED", instance)
+        effects: list[fx.Effect] = [fx.ClearTimers(event.id)]
+        if instance.state is not State.STOPPING:
+            if instance.state not in ENDED:  # one that could not be stopped has failed already, and says why
+                instance.error = event.failure
+                # An exit that nobody saw counts as an end, not as a failure: a clean one looks the same.
+                instance.enter(State.STOPPED if event.code in (0, None) else State.FAILED)
+            effects += [*self._roster.publish("STOPPED", instance), fx.PublishState(instance)]
+            effects += self._roster.finish(instance, "", LaunchError(why_ended(instance)))
+        return [*effects, *self.kill(instance)]
+
+    def kill(self, instance: Instance, after: After | None = None) -> list[fx.Effect]:
+        """End every process of an instance; ``after`` says what follows where it is to stay."""
+        pending = self._roster.pending[instance.id]
+        pending.killing, pending.kill_at, pending.after = True, None, after
+        return [fx.KillTree(instance.id)]
+
+    def killed(self, instance_id: str) -> Instance | None:
+        """The instance whose tree was being killed, that being over now."""
+        pending = self._roster.pending.get(instance_id)
+        if pending is None or not pending.killing:
+            return None
+        pending.killing = False
+        return self._roster.instances[instance_id]
+
+    def tree_gone(self, instance: Instance) -> list[fx.Effect]:
+        """No process of an instance is left that is not to stay, or that has ended by itself."""
+        instance.tree_gone = True
+        if not instance.listed:
+            self._roster.release_port(instance)
+            return [fx.Forget(instance.id, instance.key), *self._roster.drop(instance)]
+        if self._roster.pending[instance.id].stops or (instance.state is State.STOPPING and instance.error is None):
+            return self._remove(instance)
+        self._roster.release_port(instance)
+        if instance.state is State.STOPPING:
+            instance.enter(State.FAILED)
+            instance.depth = Depth.STOPPED
+            return [*self._roster.publish("STOPPED", instance), fx.PublishState(instance)]
+        instance.depth = Depth.STOPPED
+        if instance.error is None or instance.error.kind is not CrashClass.STUCK:
+            return [fx.Save(instance.id)]
+        instance.error = Failure(CrashClass.STUCK, "its processes outlived SIGKILL for a while; they are gone now")
+        return [fx.Save(instance.id), fx.PublishState(instance)]
+
+    def _remove(self, instance: Instance) -> list[fx.Effect]:
+        replies = self._roster.drop(instance)
+        forget = fx.Forget(instance.id, instance.key)
+        return [fx.ClearTimers(instance.id), *self._roster.publish("DELETED", instance), forget, *replies]
+
+    def tree_stuck(self, event: ev.TreeStuck) -> list[fx.Effect]:
+        """End the stop, for now: the next one tries again. What cannot be killed is listed, even if it was not yet,
+        because it holds its port and accelerators."""
+        instance = self.killed(event.id)
+        if instance is None:
+            return []
+        pending = self._roster.pending[event.id]
+        pending.after = None
+        problem = f"processes outlive SIGKILL: {event.detail}"
+        if instance.error is None or instance.error.kind is CrashClass.STUCK:
+            instance.error = Failure(CrashClass.STUCK, problem)
+        untold_end = instance.state is State.STOPPING and instance.ended_at is not None
+        if instance.state not in ENDED:
+            instance.enter(State.FAILED)
+        effects: list[fx.Effect] = [fx.Save(event.id)]
+        if not instance.listed:
+            instance.listed = True
+            effects = self._roster.publish("CREATED", instance)
+        elif untold_end:
+            effects = self._roster.publish("STOPPED", instance)
+        refused = refusal_of(pending)
+        error = StuckError(f"instance {event.id!r} cannot be stopped, {problem}")
+        answers = self._roster.finish(instance, "", error)
+        stuck = [fx.Reply(request, error=error) for request, _ in pending.stops]
+        pending.stops = []
+        return [*effects, fx.PublishState(instance), *refused, *answers, *stuck]
+
+
+def why_ended(instance: Instance) -> str:
+    """A sentence about an instance whose server has ended."""
+    if instance.error is not None:
+        return f"instance {instance.id!r} ended: {instance.error.message}"
+    return f"instance {instance.id!r} ended by itself (exit code {instance.exit_code}); its log may say why"
