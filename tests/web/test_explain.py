@@ -38,7 +38,8 @@ def test_instance_that_was_never_decided_about(shared: Daemon) -> None:
     shared.wait_state("a", "ready")
     document = explain(shared, "a")
     assert (document["waits_for"], document["next_step"]) == (None, None)
-    assert document["works"] == {"level_1": None, "level_2": None}
+    without = {"works": False, "why": "it was started without the engine's sleep", "at": None}
+    assert document["works"] == {"level_1": without, "level_2": without}
 
 
 def test_sleep_and_wake_are_told_with_their_reasons(start_daemon: Callable[..., Daemon]) -> None:

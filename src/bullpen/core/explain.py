@@ -7,6 +7,7 @@ from typing import Any
 from bullpen.core.instance import Depth, Instance, State
 from bullpen.core.laddering import due
 from bullpen.core.operation import Operation
+from bullpen.core.profile import Verdict
 from bullpen.core.public import depth_name, timestamp
 from bullpen.core.roster import Roster
 
@@ -22,13 +23,20 @@ def explain(roster: Roster, instance: Instance, now: float) -> dict[str, Any]:
         "waits_for": (operation.waits_for or None) if operation is not None else None,
         "next_step": next_step(roster, instance, now),
         "works": {
-            depth_name(depth): {"works": verdict.works, "why": verdict.why, "at": timestamp(verdict.at)}
-            if (verdict := verdicts.get(int(depth)))
-            else None
-            for depth in (Depth.LEVEL_1, Depth.LEVEL_2)
+            depth_name(depth): works(instance, verdicts.get(int(depth))) for depth in (Depth.LEVEL_1, Depth.LEVEL_2)
         },
         "notes": [{"at": timestamp(note.at), "text": note.text} for note in instance.notes],
     }
+
+
+def works(instance: Instance, verdict: Verdict | None) -> dict[str, Any] | None:
+    """Whether a depth of sleep works, as JSON data; None where that was never tried."""
+    if verdict is not None:
+        return {"works": verdict.works, "why": verdict.why, "at": timestamp(verdict.at)}
+    if instance.can_sleep or instance.served is None:
+        return None
+    why = instance.served.cannot_sleep or "it was started without the engine's sleep"
+    return {"works": False, "why": why, "at": None}
 
 
 def summary(instance: Instance, operation: Operation | None) -> str:
@@ -39,8 +47,8 @@ def summary(instance: Instance, operation: Operation | None) -> str:
         return f"It is {instance.state}; under way: {operation.doing}, {operation.stage} ({operation.reason})."
     if instance.error is not None:
         return f"It is {instance.state}: {instance.error.message}"
-    why = f": {instance.notes[-1].text}" if instance.notes else ""
-    return f"It is {described(instance)}{why}."
+    last = f" Last: {instance.notes[-1].text}." if instance.notes else ""
+    return f"It is {described(instance)}.{last}"
 
 
 def described(instance: Instance) -> str:
@@ -58,7 +66,7 @@ def next_step(roster: Roster, instance: Instance, now: float) -> dict[str, Any] 
     depth, after = step
     idle = max(0.0, now - instance.last_used) if instance.last_used is not None else 0.0
     return {
-        "to": depth_name(depth),
+        "to": "emulated" if depth is Depth.STOPPED and instance.emulates_sleep else depth_name(depth),
         "in_seconds": round(max(0.0, after - idle), 1),
         "why": f"unless a request comes: {after:g} s without one",
     }

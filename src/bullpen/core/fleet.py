@@ -19,12 +19,13 @@ from bullpen.core import events as ev
 from bullpen.core.book import Hold
 from bullpen.core.devices import Gpu
 from bullpen.core.instance import ENDED, Depth, Instance, State
-from bullpen.core.laddering import ASK_AGAIN, IDLE_TIMER, due, idle_timer
+from bullpen.core.laddering import IDLE_TIMER, idle_timer
 from bullpen.core.launching import START_TIMER, Launching
 from bullpen.core.operation import After, Doing, Operation, Stage
 from bullpen.core.profile import Profile
 from bullpen.core.roster import OPERATION_TIMER, Limits, Roster
 from bullpen.core.sleeping import Sleeping
+from bullpen.core.stepping import Stepping
 from bullpen.core.stopping import STOP_TIMER, Stopping
 from bullpen.core.swapping import Swapping
 from bullpen.engines.crash import CrashClass, Failure
@@ -53,6 +54,7 @@ class Fleet:
         self._stopping = Stopping(self.roster)
         self._launching = Launching(self.roster, self._stopping)
         self._sleeping = Sleeping(self.roster, self._launching, self._stopping)
+        self._stepping = Stepping(self.roster, self._sleeping)
         self._swapping = Swapping(self.roster, self._sleeping, self._launching, self._stopping)
         launching, sleeping = self._launching, self._sleeping
         self._handlers: dict[type, Callable[[Any, float], list[fx.Effect]]] = {
@@ -79,7 +81,7 @@ class Fleet:
             ev.MemoryFree: self._memory_free,
             ev.MemoryShort: self._memory_short,
             ev.Inspected: self._inspected,
-            ev.Activity: self._activity,
+            ev.Activity: self._stepping.activity,
             ev.TimerFired: self._timer_fired,
         }
 
@@ -132,7 +134,7 @@ class Fleet:
 
     def _advance(self, now: float) -> list[fx.Effect]:
         """Let go on what can go on now."""
-        return self._swapping.advance(now) or self._give_turns(now) or self._sleeping.make_room(now)
+        return self._swapping.advance(now) or self._give_turns(now) or self._stepping.make_room(now)
 
     def _give_turns(self, now: float) -> list[fx.Effect]:
         """Let those go on whose turn has come; what came first goes first on each accelerator."""
@@ -156,7 +158,7 @@ class Fleet:
         """What keeps an operation from its turn, in words; None where nothing does."""
         if (reason := self._swapping.waits(instance, operation.swap)) is not None:
             return reason
-        if self._sleeping.lacks_room(instance, operation):
+        if self._stepping.lacks_room(instance, operation):
             return "until sleepers keep less host memory"
         for other, running in self.roster.operations():
             shared = set(instance.gpus) & set(other.gpus)
@@ -249,7 +251,7 @@ class Fleet:
         if event.name == OPERATION_TIMER:
             return self._turn_timed_out(instance, now)
         if event.name == IDLE_TIMER:
-            return self._idle(instance, now)
+            return self._stepping.idle(instance, now)
         return []
 
     def _turn_timed_out(self, instance: Instance, now: float) -> list[fx.Effect]:
@@ -259,50 +261,6 @@ class Fleet:
         seconds = self.roster.patience.turn
         error = ConflictError(f"instance {instance.id!r} waited {seconds:.0f} s {operation.waits_for}; try again later")
         return self._sleeping.cannot_have(instance, error, now)
-
-    def _idle(self, instance: Instance, now: float) -> list[fx.Effect]:
-        """It may be time for a step down the ladder; who is awake is asked first."""
-        if self.roster.operation(instance.id) is not None or self.roster.pending[instance.id].killing:
-            return []
-        if instance.state is State.READY:
-            return [fx.AskActivity(instance.id)]
-        if instance.state is not State.SLEEPING:
-            return []
-        step = due(self.roster, instance)
-        return [] if step is None else self._step_down(instance, step, now)
-
-    def _activity(self, event: ev.Activity, now: float) -> list[fx.Effect]:
-        instance = self.instances.get(event.id)
-        if instance is None or instance.state is not State.READY or self.roster.operation(event.id) is not None:
-            return []
-        step = due(self.roster, instance)
-        if event.in_flight is None:
-            return [] if step is None else [fx.SetTimer(event.id, IDLE_TIMER, ASK_AGAIN)]
-        # The server counts by a clock that nobody sets; after a wake it does not know that it was away.
-        known = now - instance.last_used if instance.last_used is not None else event.idle_seconds
-        idle = 0.0 if event.in_flight else min(event.idle_seconds, max(0.0, known))
-        instance.last_used = now - idle
-        if step is None:
-            return []
-        if idle < step[1]:
-            return [fx.SetTimer(event.id, IDLE_TIMER, step[1] - idle)]
-        return self._step_down(instance, step, now)
-
-    def _step_down(self, instance: Instance, step: tuple[Depth, float], now: float) -> list[fx.Effect]:
-        depth, after = step
-        awake = instance.state is State.READY
-        others = self._sleeping.keeps_weights(instance)
-        if not awake and depth is not Depth.STOPPED and others is not None:
-            stop_after = instance.config.ladder.stop_after
-            idle = now - (instance.last_used or now)
-            if stop_after is None or idle < stop_after:
-                instance.note(now, f"keeps its weights for now: to discard them it needs its GPU; {others}")
-                again = max(ASK_AGAIN, after)
-                left = again if stop_after is None else stop_after - idle
-                return [fx.SetTimer(instance.id, IDLE_TIMER, min(again, left))]
-            depth, after = Depth.STOPPED, stop_after
-        reason = f"no request for {after:g} s"
-        return self._sleeping.begin(instance, depth, now, reason=reason, drain=self.roster.patience.drain)
 
     # -- after a restart of the daemon -------------------------------------------------------------------------
 

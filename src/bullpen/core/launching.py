@@ -289,7 +289,7 @@ class Launching:
         word = "restarted" if operation is not None and operation.restarted else "started"
         error = EngineError(operation.error) if operation is not None and operation.error is not None else None
         since = operation.since if operation is not None else instance.created_at
-        instance.note(now, f"is ready after {now - since:.2f} s ({word})")
+        instance.note(now, f"{word} in {now - since:.2f} s")
         answers = roster.finish(instance, word, error)
         return [
             fx.ClearTimers(instance.id),

@@ -12,13 +12,8 @@ from bullpen.core import events as ev
 from bullpen.core.instance import ENDED, Depth, Instance, State
 from bullpen.core.laddering import (
     ASK_AGAIN,
-    host_used,
     idle_timer,
-    in_order,
-    over_budget,
     own_depth,
-    reachable,
-    victims,
 )
 from bullpen.core.launching import Launching
 from bullpen.core.operation import After, Doing, Operation, Stage
@@ -163,7 +158,8 @@ class Sleeping:
         instance.depth = operation.depth
         wakers, operation.wakers = operation.wakers, []
         answers = self._roster.finish(instance, SLEEPING, seconds=now - operation.since)
-        instance.note(now, f"sleeps ({words(operation.depth, instance)}) after {now - operation.since:.2f} s")
+        seconds = now - operation.since
+        instance.note(now, f"fell asleep in {seconds:.2f} s ({words(operation.depth, instance)}): {operation.reason}")
         asleep = [
             fx.ClearTimers(instance.id),
             fx.Save(instance.id),
@@ -307,7 +303,7 @@ class Sleeping:
         if instance.state is not State.READY:
             instance.enter(State.READY)
         instance.depth, instance.last_used = Depth.AWAKE, now
-        instance.note(now, f"is ready after {now - operation.since:.2f} s: {operation.error or operation.reason}")
+        instance.note(now, f"woke in {now - operation.since:.2f} s: {operation.error or operation.reason}")
         error = EngineError(operation.error) if operation.error is not None else None
         answers = self._roster.finish(instance, WOKEN, error, seconds=now - operation.since)
         return [
@@ -386,54 +382,6 @@ class Sleeping:
         timers = [fx.ClearTimers(instance.id), *idle_timer(self._roster, instance, now, at_least=ASK_AGAIN)]
         return [*gate, *timers, fx.Save(instance.id), fx.PublishState(instance), *answers]
 
-    # -- by itself ---------------------------------------------------------------------------------------------
-
-    def make_room(self, now: float) -> list[fx.Effect]:
-        """Take sleepers deeper until they, and the next one to come, keep no more host memory than allowed.
-
-        One after the other, in the order of `laddering.rank`; where the next one to come is first in that order, it
-        goes deeper itself.
-        """
-        roster = self._roster
-        coming = next((pair for pair in roster.operations() if self.lacks_room(*pair)), None)
-        # Until those that were adopted have been asked, it is not known who is the right one.
-        going = [
-            one
-            for one, operation in roster.operations()
-            if operation.doing is Doing.INSPECT or (operation.doing is Doing.SLEEP and one.depth > 0)
-        ]
-        if going or (coming is None and not over_budget(roster)):
-            return []
-        candidates = victims(roster) if coming is None else in_order([*victims(roster), coming[0]])
-        first = candidates[0] if candidates else (coming[0] if coming else None)
-        if first is None:
-            return []
-        reason = (
-            f"sleepers keep {host_used(roster)} MiB of host memory and {roster.limits.host_mib} are allowed;"
-            " of those that may go deeper it has the lowest priority and was unused for longest"
-        )
-        if coming is not None and first is coming[0]:
-            deeper = Depth(coming[1].depth + 1)
-            coming[1].depth = reachable(roster, first, deeper)
-            first.note(now, f"goes deeper than {words(Depth(deeper - 1), first)}: {reason}")
-            return [fx.PublishState(first)]
-        return self.begin(first, self._deeper(first), now, reason=reason, drain=0.0)
-
-    def lacks_room(self, instance: Instance, operation: Operation) -> bool:
-        """Whether a sleep whose turn it could be would keep more host memory than there is room for."""
-        if operation.doing is not Doing.SLEEP or operation.stage is not Stage.QUEUED:
-            return False
-        if instance.state is State.SLEEPING:
-            return False  # who sleeps already gives memory back by going deeper
-        more = self._roster.host_mib(instance, operation.depth) or 0
-        return operation.depth is not Depth.STOPPED and over_budget(self._roster, more) > 0
-
-    def _deeper(self, instance: Instance) -> Depth:
-        """The next depth that gives host memory back; to discard its weights a sleeper needs its accelerators."""
-        if instance.depth is Depth.LEVEL_1 and self.keeps_weights(instance) is None:
-            return reachable(self._roster, instance, Depth.LEVEL_2)
-        return Depth.STOPPED
-
     def keeps_weights(self, instance: Instance) -> ConflictError | None:
         """Why a sleeper cannot discard its weights now: it is awake for a moment on the way, where there must be room
         for it. None where it can."""
@@ -446,5 +394,5 @@ class Sleeping:
 def words(depth: Depth, instance: Instance) -> str:
     """A depth, for people."""
     if depth is Depth.STOPPED:
-        return "emulated: its process ends, its slot stays" if instance.emulates_sleep else "its process ends"
+        return "emulated: no process, its slot stays" if instance.emulates_sleep else "no process"
     return {1: "level 1", 2: "level 2"}.get(depth, "awake")

@@ -39,8 +39,8 @@ def adopt_all(saved: Iterable[Instance], journal: Journal, fleet: Fleet, executo
         elif pidfd is not None:
             os.close(pidfd)
         executor.carry_out(fleet.restore(instance, time.time(), alive=pidfd is not None))
-    for swap in journal.fact(SWAPS, []):
-        executor.carry_out(fleet.restore_swap(swap, time.time()))
+    for swap, forget in executor.adopt_swaps(journal.fact(SWAPS, [])):
+        executor.carry_out([*fleet.restore_swap(swap, time.time()), forget])
 
 
 def open_process(instance: Instance) -> int | None:

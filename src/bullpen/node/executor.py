@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -338,6 +338,13 @@ class Executor:
             self._resources.journal.save_profile(effect.key, effect.profile)
         except StateError as problem:
             logger.error("%s", problem)
+
+    def adopt_swaps(self, saved: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], fx.SaveSwap]]:
+        """Keep swaps that an earlier daemon left in the journal, each until its own effect forgets it: by then the
+        fleet has written it down anew."""
+        numbered = {-number: swap for number, swap in enumerate(saved, 1)}
+        self._swaps |= numbered
+        return [(swap, fx.SaveSwap(number, None)) for number, swap in numbered.items()]
 
     def _save_swap(self, effect: fx.SaveSwap) -> None:
         if effect.swap is None:
