@@ -59,6 +59,8 @@ def test_help_of_each_command_has_an_example(capsys: pytest.CaptureFixture[str],
         (["sleep", "a", "--level", "3"], "--level"),
         (["swap", "a", "b", "a"], "a cannot come in and go out"),
         (["serve", "--port", "99999"], "port"),
+        (["serve", "--mock-gpu-count", "2"], "give --mock-gpus too"),
+        (["serve", "--mock-gpu-memory", "2"], "give --mock-gpus too"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
@@ -195,6 +197,14 @@ def test_serve_serves(shared: Daemon, tmp_path: Path) -> None:
     with Daemon(tmp_path / "own", command=command, port=1).wait_ready().wait_warm() as own:
         assert own.create()["engine"] == "sim"
         own.wait_line("bullpen: engine sim warm in ")
+
+
+def test_port_of_another_daemon_is_told(shared: Daemon, nobody: None, tmp_path: Path) -> None:
+    port = shared.url.rpartition(":")[2]
+    command = ["serve", "--engine", "sim", "--host", "127.0.0.1", "--state-dir", str(tmp_path), "--port", port]
+    done = bullpen(*command)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == ["bullpen: another Bullpen daemon has that port"]
 
 
 def test_serve_imports_nothing_for_people() -> None:

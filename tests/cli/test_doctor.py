@@ -6,6 +6,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,10 @@ def test_people_read_it_too(simulated: None, capsys: pytest.CaptureFixture[str])
     assert "✓ kernel" in shown and "\nMachine\n" in shown
 
 
-def test_running_daemon_and_its_failed_instance_are_seen(
+def test_named_daemon_its_port_and_its_failed_instance_are_seen(
     client: BullpenClient, simulated: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BULLPEN_PORT", client.url.rpartition(":")[2])
-    monkeypatch.setenv("BULLPEN_HOST", "127.0.0.1")
+    monkeypatch.setenv("BULLPEN_PORT", "8001")
     client.create("--model m", instance_id="a", env_vars={"BULLPEN_SIM_FAIL": "start"})
     for _ in client.follow_log("a"):
         pass
@@ -155,8 +155,13 @@ def reported(count: int) -> list[Gpu]:
     [(0, "cpu", ["ok"]), (0, "cuda", ["warning"]), (2, "cuda", []), (1, "cpu", ["warning"])],
 )
 def test_gpus_and_the_build_of_vllm_must_fit(count: int, platform: str, levels: list[str]) -> None:
-    findings = gpus.check_fit(reported(count), Interpreter("3.11", "0.32", "2", platform))
+    real = [replace(gpu, name="NVIDIA H200") for gpu in reported(count)]
+    findings = gpus.check_fit(real, Interpreter("3.11", "0.32", "2", platform))
     assert [finding.level for finding in findings] == levels
+
+
+def test_mock_gpus_fit_every_build_of_vllm() -> None:
+    assert gpus.check_fit(reported(2), Interpreter("3.11", "0.32", "2", "cpu")) == []
 
 
 def test_strangers_that_hold_memory_and_silent_gpus_are_warnings() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from bullpen.cli import main
+from bullpen.cli.ps import show
 from bullpen.cli.tail import STEP, start_of_last_lines
-from bullpen.client import BullpenClient
+from bullpen.client import BullpenClient, GpuReport, InstanceList, Readiness
 from tests.cli.terminal import COMMAND, Terminal
 from tests.support.daemon import wait_until
 
@@ -28,6 +29,16 @@ def test_ps_with_nothing_says_what_to_do(client: BullpenClient, capsys: Output) 
     assert capsys.readouterr().out == "No instances. `bullpen run MODEL` starts one.\n"
     assert main(["ps", "-q"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_ps_with_a_create_that_waits_does_not_say_what_to_do(capsys: Output) -> None:
+    zygote = {"engine": "vllm", "state": "warming", "module": "torch", "done": 3, "total": 9}
+    readiness = Readiness.read({"engine": "vllm", "waiting": 1, "zygotes": [zygote]})
+    show(InstanceList.read({"instances": []}), readiness, GpuReport.read({"gpus": []}))
+    assert capsys.readouterr().out.splitlines() == [
+        "engine vllm is being imported: at torch, 3 of 9",
+        "1 create waits to be started",
+    ]
 
 
 def test_ps_without_a_terminal_cuts_nothing(client: BullpenClient, capsys: Output) -> None:

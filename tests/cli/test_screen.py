@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bullpen.cli.screen import Snapshot, frame
-from bullpen.client import GpuReport, InstanceList
+from bullpen.client import GpuReport, InstanceList, Readiness
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+WARM = Readiness(ready=True)
+ZYGOTE = {"engine": "vllm", "state": "warming", "module": "torch", "done": 3, "total": 9}
+WAITING = Readiness.read({"engine": "vllm", "waiting": 1, "zygotes": [ZYGOTE]})
 
 
 def instance(name: str, **fields: Any) -> dict[str, Any]:
@@ -30,10 +33,12 @@ def gpu(index: int, **fields: Any) -> dict[str, Any]:
     return {**document, **lists, **fields}
 
 
-def snapshot(instances: list[dict[str, Any]], gpus: list[dict[str, Any]], trouble: str = "") -> Snapshot:
+def snapshot(
+    instances: list[dict[str, Any]], gpus: list[dict[str, Any]], trouble: str = "", readiness: Readiness = WARM
+) -> Snapshot:
     host = {"asleep_mib": 2048, "budget_mib": 65536, "available_mib": 102400}
     report = GpuReport.read({"gpus": gpus, "host": host})
-    return Snapshot("http://127.0.0.1:1", InstanceList.read({"instances": instances}), report, trouble)
+    return Snapshot("http://127.0.0.1:1", InstanceList.read({"instances": instances}), report, readiness, trouble)
 
 
 def lines(shown: Snapshot, width: int = 100, height: int | None = None) -> list[str]:
@@ -96,6 +101,12 @@ def test_empty_frame_says_what_to_do() -> None:
     assert "No GPUs" in shown and "`bullpen run MODEL`" in shown
 
 
+def test_create_that_waits_is_told_in_place_of_what_to_do() -> None:
+    shown = lines(snapshot([], [], readiness=WAITING))
+    assert shown[-2:] == ["engine vllm is being imported: at torch, 3 of 9", "1 create waits to be started"]
+    assert lines(snapshot([instance("a")], [], readiness=WAITING))[-1].startswith("a ")
+
+
 def test_trouble_stands_below_what_was_known() -> None:
     assert lines(snapshot([instance("a")], []), 100, 20)[-1].split()[0] == "a"
     assert lines(snapshot([instance("a")], [], "no Bullpen answers"), 100, 20)[-1] == "! no Bullpen answers"
@@ -126,7 +137,7 @@ def test_frame_keeps_to_its_terminal(ids: list[str], owners: list[str], text: st
         for place, one in enumerate(owners)
     ]
     listed = [instance(name, reason=text, assigned_gpus=["GPU-0", "GPU-1"]) for name in ids]
-    shown = lines(snapshot(listed, gpus, text), width, height)
+    shown = lines(snapshot(listed, gpus, text, WAITING), width, height)
     assert len(shown) <= height and all(len(line) <= width for line in shown)
 
 

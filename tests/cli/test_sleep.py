@@ -42,8 +42,8 @@ def test_several_sleep_and_wake_side_by_side(client: BullpenClient, capsys: Outp
     assert main(["sleep", "a", "b", "a", "--level", "2", "--drain", "1", "--refuse"]) == 0
     shown = sorted(line.partition(" (0.")[0] for line in capsys.readouterr().out.splitlines())
     assert [line.rpartition(" (")[0] if line.endswith("ms)") else line for line in shown] == [
-        "a is sleeping 2",
-        "b is sleeping (emulated)",
+        "a sleeps at level 2",
+        "b sleeps (emulated)",
     ]
     assert client.get("a").sleep_level == 2 and client.get("b").sleep_emulated
     assert main(["wake", "a", "b", "--json"]) == 0
@@ -57,12 +57,45 @@ def test_refusals_are_the_daemons_sentence_and_exit_code_1(pair: BullpenClient, 
     client.wait_until_ready("c", 30)
     assert main(["sleep", "c", "b"]) == 1
     shown = capsys.readouterr()
-    assert shown.out.startswith("b is sleeping 1 (") and shown.out.count("\n") == 1
-    assert shown.err.startswith("bullpen: ") and "sleep: engine" in shown.err and shown.err.count("\n") == 1
+    assert shown.out.startswith("b sleeps at level 1 (") and shown.out.count("\n") == 1
+    assert shown.err.startswith("bullpen: ") and "`--sleep engine`" in shown.err and shown.err.count("\n") == 1
+    assert shown.err.endswith("; `bullpen stop c`, then `bullpen run … --sleep emulate` starts one that can\n")
     client.wake("b")
     assert main(["wake", "a"]) == 1
     shown = capsys.readouterr()
-    assert "belongs to instance 'b'" in shown.err and "`bullpen sleep b` puts it to sleep" in shown.err
+    assert "belongs to instance 'b'" in shown.err and "`bullpen swap a b` exchanges them" in shown.err
+
+
+def test_new_instance_is_told_how_to_have_the_gpu(client: BullpenClient, capsys: Output) -> None:
+    create(client, "a", "0")
+    create(client, "b", "1", sleep="off")
+    ways = {"0": "`bullpen sleep a` puts it to sleep", "1": "`bullpen stop b` deletes it"}
+    for gpu, way in ways.items():
+        assert main(["run", "m", "-d", "--gpu", gpu]) == 1
+        shown = capsys.readouterr().err
+        assert shown.endswith(f"; {way}\n") and shown.count("\n") == 1
+
+
+def test_refusals_name_options_instead_of_fields(client: BullpenClient, capsys: Output) -> None:
+    assert main(["run", "m", "-d", "--gpu", "9"]) == 1
+    assert capsys.readouterr().err.startswith("bullpen: --gpu: no GPU '9' on this host")
+
+
+@pytest.mark.parametrize("what", ["sleep", "wake"])
+def test_ctrl_c_leaves_a_sleep_and_a_wake_alone(
+    client: BullpenClient, open_terminal: Callable[..., Terminal], what: str
+) -> None:
+    slow = {"BULLPEN_SIM_SLEEP_SECONDS": "0.8", "BULLPEN_SIM_WAKE_SECONDS": "0.8"}
+    create(client, "a", env_vars=slow)
+    if what == "wake":
+        client.sleep("a")
+    terminal = open_terminal(what, "a")
+    wait_until(lambda: client.get("a").activity is not None)
+    terminal.type("\x03")
+    terminal.wait_for(f"the {what} goes on; `bullpen explain a` tells how it ends")
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.text
+    wait_until(lambda: client.get("a").state == {"sleep": "sleeping", "wake": "ready"}[what])
 
 
 # -- ps and run ----------------------------------------------------------------------------------------------------
@@ -127,7 +160,7 @@ def test_swap_tells_its_stages(pair: BullpenClient, capsys: Output) -> None:
     *stages, ready, times = capsys.readouterr().out.splitlines()
     assert set(stages) <= {"out: b", "in: a"}
     assert ready.startswith("✓ a is ready in ")
-    assert times.startswith("  out ") and ", in " in times and times.endswith("; b is sleeping 1")
+    assert times.startswith("  out ") and ", in " in times and times.endswith("; b sleeps at level 1")
     assert pair.get("a").state == "ready"
 
 
@@ -138,10 +171,18 @@ def test_swap_chooses_what_goes_and_prints_one_document(pair: BullpenClient, cap
     assert [(one["instance_id"], one["sleep_level"]) for one in document["out"]] == [("b", 2)]
 
 
+def test_swap_without_anything_to_do_says_so(client: BullpenClient, capsys: Output) -> None:
+    create(client, "a")
+    assert main(["swap", "a"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "✓ a is ready already, nothing had to go"
+
+
 def test_swap_on_a_terminal(pair: BullpenClient, open_terminal: Callable[..., Terminal]) -> None:
     terminal = open_terminal("swap", "a", "b")
     assert terminal.end() == 0
-    assert "a comes in" in terminal.text and "✓ a is ready in " in terminal.text and "b is sleeping 1" in terminal.text
+    assert (
+        "a comes in" in terminal.text and "✓ a is ready in " in terminal.text and "b sleeps at level 1" in terminal.text
+    )
 
 
 def test_ctrl_c_leaves_a_swap_alone(client: BullpenClient, open_terminal: Callable[..., Terminal]) -> None:
@@ -151,6 +192,7 @@ def test_ctrl_c_leaves_a_swap_alone(client: BullpenClient, open_terminal: Callab
     terminal = open_terminal("swap", "a", "b")
     terminal.wait_for("in: a")
     terminal.type("\x03")
+    terminal.wait_for("the swap goes on; `bullpen explain a` tells how it ends")
     assert terminal.end() == 130
     assert "Traceback" not in terminal.text
     wait_until(lambda: (client.get("a").state, client.get("b").state) == ("ready", "sleeping"))
@@ -186,7 +228,7 @@ def test_summary_of_a_swap() -> None:
     swapped = Swapped.read({**document, "in": {"instance_id": "a", "state": "ready"}, "out": [asleep]})
     assert display_lines(lambda display: display.done(swapped)) == [
         "✓ a is ready in 0.90 s",
-        "  out 0.40 s, in 0.50 s; b is sleeping 2",
+        "  out 0.40 s, in 0.50 s; b sleeps at level 2",
     ]
 
 
@@ -226,11 +268,7 @@ def test_explanation_has_everything_in_it() -> None:
             {"at": "2026-01-01T10:00:00.456+00:00", "text": "wakes"},
         ],
     }
-    console = Console(width=80, highlight=False, color_system=None)
-    with console.capture() as capture:
-        for part in report(Explanation.read(document), datetime(2026, 1, 1, 12, tzinfo=UTC)):
-            console.print(part)
-    assert [line.rstrip() for line in capture.get().splitlines()] == [
+    assert explained(document) == [
         "a  ready",
         "why            It is ready: woke up.",
         "waits          for 'b'",
@@ -242,3 +280,38 @@ def test_explanation_has_everything_in_it() -> None:
         "2025-12-31 10:00:00  goes to sleep",
         "10:00:00             wakes",
     ]
+
+
+def explained(document: dict[str, Any], *, pinned: bool = False) -> list[str]:
+    console = Console(width=80, highlight=False, color_system=None)
+    with console.capture() as capture:
+        for part in report(Explanation.read(document), datetime(2026, 1, 1, 12, tzinfo=UTC), pinned=pinned):
+            console.print(part)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def facts(document: dict[str, Any], *, pinned: bool = False) -> dict[str, str]:
+    shown = explained({"instance_id": "a", "state": "ready", "summary": "It is ready.", **document}, pinned=pinned)
+    return {line[:15].strip(): line[15:].strip() for line in shown[1 : shown.index("")]}
+
+
+def test_explanation_of_what_is_under_way() -> None:
+    activity = {"doing": "sleep", "stage": "draining", "reason": "asked to", "waits_for": None}
+    works = {"level_1": {"works": False, "why": "no sleep mode", "at": None}}
+    found = facts({"activity": {**activity, "since": "2026-01-01T11:59:56.6+00:00"}, "works": works})
+    assert found["now"] == "sleep, draining: asked to (3 s)" and "next" not in found
+    assert found["sleep level 1"] == "not available: no sleep mode"
+
+
+def test_explanation_of_what_comes_next() -> None:
+    works = {"level_1": None}
+    step = {"to": "emulated", "in_seconds": 2.0, "why": "unless a request comes"}
+    assert facts({"works": works, "next_step": step})["next"] == "asleep (emulated) in 2.00 s, unless a request comes"
+    assert facts({"works": works})["next"].startswith("it stays as it is until ")
+    assert facts({"works": works}, pinned=True)["next"].startswith("it is pinned until ")
+
+
+def test_explain_knows_who_is_pinned(client: BullpenClient, capsys: Output) -> None:
+    create(client, "a", pin=True)
+    assert main(["explain", "a"]) == 0
+    assert "it is pinned until" in capsys.readouterr().out

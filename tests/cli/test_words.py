@@ -113,6 +113,24 @@ def test_state_says_how_deep_it_sleeps(document: dict[str, Any], text: str) -> N
     assert words.state(Instance.read({"instance_id": "a", **document})) == text
 
 
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"state": "ready"}, "is ready"),
+        ({"state": "sleeping", "sleep_level": 1}, "sleeps at level 1"),
+        ({"state": "sleeping", "sleep_emulated": True}, "sleeps (emulated)"),
+        ({"state": "sleeping"}, "sleeps"),
+    ],
+)
+def test_what_an_instance_has_become(document: dict[str, Any], text: str) -> None:
+    assert words.has_become(Instance.read({"instance_id": "a", **document})) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-1, "0 s"), (3.4, "3 s"), (59.4, "59 s"), (125, "2 min 5 s")])
+def test_time_that_has_passed_so_far(seconds: float, text: str) -> None:
+    assert words.so_far(seconds) == text
+
+
 def test_doing_is_what_it_waits_for_else_the_stage() -> None:
     activity = {"doing": "wake", "stage": "queued", "reason": "asked to", "waits_for": "for 'b' on GPU 0"}
     assert words.doing(Instance.read({"instance_id": "a", "activity": activity})) == "waits for 'b' on GPU 0"

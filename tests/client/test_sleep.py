@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -74,6 +75,9 @@ def test_sleep_and_wake(client: BullpenClient) -> None:
     asleep = client.sleep("a")
     assert (asleep.state, asleep.sleep_level, asleep.ended) == ("sleeping", 1, False)
     assert asleep.reason
+    deadline = time.monotonic() + 10
+    while "level_1" not in client.get("a").memory:  # nobody waits for what is measured
+        assert time.monotonic() < deadline
     assert client.sleep("a", level=2, drain=0).sleep_level == 2
     awake = client.wake("a")
     assert (awake.state, awake.sleep_level, awake.activity) == ("ready", None, None)

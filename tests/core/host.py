@@ -144,6 +144,7 @@ class Task:
     tree: Tree | None = None
     until: float | None = None
     phase: int = 0
+    moves: int = 0
 
 
 @dataclass

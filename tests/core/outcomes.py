@@ -249,7 +249,7 @@ def _measure(world: World, task: Task, how: str) -> None:
     held = tree.wish.model.holds(task.depth, tree.wish.share)
     memory = {"works": held, "half": Memory(None, held.host)}.get(how)
     if memory is not None:
-        tell(world, task, ev.Measured(task.instance.id, task.attempt, task.depth, memory))
+        tell(world, task, ev.Measured(task.instance.id, task.moves, task.depth, memory))
 
 
 def _ask(world: World, task: Task, how: str) -> None:

@@ -141,8 +141,8 @@ class Scenario:
     def timer(self, name: str, instance_id: str = "a") -> list[fx.Effect]:
         return self.tell(ev.TimerFired(instance_id, name))
 
-    def drained(self, instance_id: str = "a", left: int = 0) -> list[fx.Effect]:
-        return self.tell(ev.Drained(instance_id, self.number(instance_id), left))
+    def drained(self, instance_id: str = "a", left: int = 0, idle: float = 1000.0) -> list[fx.Effect]:
+        return self.tell(ev.Drained(instance_id, self.number(instance_id), left, idle))
 
     def slept(self, instance_id: str = "a", canary: str | None = "one") -> list[fx.Effect]:
         return self.tell(ev.Slept(instance_id, self.number(instance_id), canary))
@@ -163,7 +163,7 @@ class Scenario:
 
     def measured(self, gpu: int | None, host: int | None, instance_id: str = "a") -> list[fx.Effect]:
         instance = self.instance(instance_id)
-        return self.tell(ev.Measured(instance_id, instance.attempt, instance.depth, Memory(gpu, host)))
+        return self.tell(ev.Measured(instance_id, instance.moves, instance.depth, Memory(gpu, host)))
 
     def activity(self, in_flight: int | None, idle: float, instance_id: str = "a") -> list[fx.Effect]:
         return self.tell(ev.Activity(instance_id, in_flight, idle))

@@ -101,3 +101,10 @@ def test_refusal_says_what_to_do(claim: Claim, share: float | None, words: str) 
 
 def test_more_than_there_are() -> None:
     assert str(Book(DEVICES, []).place(4, None)) == "4 GPUs are asked for and this host has 3"
+
+
+def test_several_are_never_parts_of_one() -> None:
+    parts = [Gpu(3 + n, f"MIG-{n}", "H100 MIG", 10_000, parent="GPU-9") for n in range(2)]
+    book = Book([DEVICES[0], *parts], [])
+    assert isinstance(book.place(2, None), ConflictError), "CUDA shows a server one MIG device at most"
+    assert Book(parts, []).place(1, None) == ("MIG-0",)

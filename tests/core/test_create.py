@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bullpen.core import effects as fx
@@ -327,3 +329,40 @@ def test_instances_that_claim_no_gpu_do_not_meet() -> None:
     scene.reach(State.READY, "a")
     assert kinds(scene.create("b", gpus=GPUS)) == ["Check"]
     assert kinds(scene.create("c")) == ["Check"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "words"),
+    [
+        ({"gpu_share": 0.4}, {"utilization": 0.9}, "more than its gpu_share of 0.4"),
+        ({}, {"devices": 2}, "need 2 GPUs and it claims 1"),
+        ({"sleep": "engine"}, {"cannot_sleep": "vLLM cannot sleep on cpu"}, "vLLM cannot sleep on cpu"),
+    ],
+)
+def test_options_that_ask_for_more_than_is_claimed(fields: dict[str, Any], options: dict[str, Any], words: str) -> None:
+    scene = Scenario()
+    scene.create("a", GPUS[:1], **fields)
+    scene.checked("a", **options)
+    assert isinstance(scene.error(), InvalidRequestError)
+    assert words in str(scene.error())
+    assert not scene.fleet.instances
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "names others"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "names others"),
+        ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "counted by PCI_BUS_ID"),
+    ],
+)
+def test_variables_may_not_say_otherwise_than_the_book(variables: dict[str, str], words: str) -> None:
+    scene = Scenario()
+    scene.create("a", GPUS[:1], env_vars=variables)
+    assert words in str(scene.error())
+
+
+@pytest.mark.parametrize("visible", ["0", "GPU-0"])
+def test_variables_may_say_the_same_in_either_spelling(visible: str) -> None:
+    scene = Scenario()
+    assert kinds(scene.create("a", GPUS[:1], env_vars={"CUDA_VISIBLE_DEVICES": visible})) == ["Check"]

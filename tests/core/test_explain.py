@@ -38,7 +38,8 @@ def test_what_was_refused_stands_in_the_notes() -> None:
     scene.asleep("b")
     scene.ready("a")
     scene.wake("b")
-    assert "belongs to instance 'a'" in str(told(scene, "b")["summary"])
+    assert "belongs to instance 'a'" in scene.notes("b")[-1]
+    assert "fell asleep" in str(told(scene, "b")["summary"]), "what was not done is not why it is as it is"
 
 
 def test_next_step_counts_from_the_last_request() -> None:

@@ -35,10 +35,14 @@ def test_idle_instance_goes_down_step_by_step() -> None:
     scene.drained()
     (seconds,) = idle_timers(scene.slept())
     assert 30.0 < seconds < 40.0
-    (told,) = steps(scene.timer("idle"))
+    assert scene.timer("idle") == [fx.AskActivity("a")]
+    held = scene.activity(1, 0.0)
+    assert steps(held) == [] and idle_timers(held), "somebody waits at its gate"
+    assert "1 requests wait at its gate" in scene.notes()[-1]
+    (told,) = steps(scene.activity(0, 60.0))
     assert isinstance(told, fx.PutToSleep) and told.depth is Depth.LEVEL_2
     assert idle_timers(scene.slept(canary=None))
-    assert kinds(steps(scene.timer("idle"))) == ["KillTree"]
+    assert kinds(steps(scene.activity(0, 90.0))) == ["KillTree"]
     scene.exited(-9)
     scene.tree_gone()
     assert (instance.state, instance.depth) == (State.STOPPED, Depth.STOPPED)
@@ -81,13 +85,13 @@ def test_pinned_instance_stays() -> None:
 def test_depth_that_does_not_work_is_skipped() -> None:
     scene = Scenario()
     instance = scene.reach(State.READY, gpus=GPUS[:1], ladder=ALL_STEPS)
-    profile, _ = scene.fleet.roster.remember(instance)
-    profile.verdicts[1] = Verdict(False, "it answered otherwise", 0.0)
+    broken = Verdict(False, "it answered otherwise", 0.0)
+    scene.fleet.roster.judge(instance, Depth.LEVEL_1, broken)
     scene.now += 100
     scene.activity(0, 90.0)
     (told,) = steps(scene.drained())
     assert isinstance(told, fx.PutToSleep) and told.depth is Depth.LEVEL_2
-    profile.verdicts[2] = Verdict(False, "it answered otherwise", 0.0)
+    scene.fleet.roster.judge(instance, Depth.LEVEL_2, broken)
     scene.engine_failed(touched=False)
     scene.now += 100
     scene.activity(0, 90.0)
@@ -107,12 +111,12 @@ def test_sleeper_whose_accelerator_is_taken_keeps_its_weights_until_it_is_to_sto
     scene.asleep("a", ladder=ALL_STEPS)
     scene.ready("b")
     scene.now += 61
-    effects = scene.timer("idle", "a")
+    effects = scene.activity(0, 90.0, "a")
     assert steps(effects) == [] and idle_timers(effects)
     assert "keeps its weights for now" in scene.notes("a")[-1]
     assert "'b'" in scene.notes("a")[-1]
     scene.now += 100
-    assert kinds(steps(scene.timer("idle", "a"))) == ["KillTree"]
+    assert kinds(steps(scene.activity(0, 190.0, "a"))) == ["KillTree"]
 
 
 # -- by host memory --------------------------------------------------------------------------------------------

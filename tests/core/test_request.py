@@ -92,3 +92,44 @@ def test_configuration_keeps_what_was_given_and_what_was_not() -> None:
     assert (bare.env_vars, bare.gpu_uuids, bare.annotations) == (None, None, None)
     full = read_config("m", env_vars={}, gpu_uuids=[], annotations={}, engine="sim", face="v1")
     assert (full.env_vars, full.gpu_uuids, full.annotations, full.face) == ({}, (), {}, "v1")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/sleep?level=1",
+        "/bullpen/gate?mode=refuse",
+        "/collective_rpc",
+        "/v1/../sleep",
+        "/v1/%2e%2e/sleep",
+        "/v1",
+        "",
+        "/",
+    ],
+)
+def test_warm_up_reaches_the_model_alone(path: str) -> None:
+    with pytest.raises(InvalidRequestError, match="begins with /v1/"):
+        read_config("--model m", engine="sim", warm_up={"path": path, "body": {}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"sleep": "off", "sleep_after": 5}, "sleep_after"),
+        ({"sleep": "off", "discard_after": "1h"}, "discard_after"),
+        ({"sleep_after": "10m", "stop_after": "5m"}, "stop_after"),
+        ({"sleep_after": "soon"}, "sleep_after"),
+        ({"gpus": 1, "gpu_uuids": ["0"]}, "gpus"),
+        ({"gpu_share": 0.5}, "gpu_share"),
+        ({"gpus": 1, "gpu_share": 1.5}, "gpu_share"),
+    ],
+)
+def test_wishes_that_contradict_themselves(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        read_config("--model m", engine="sim", **fields)
+    assert refused.value.field == field
+
+
+def test_lengths_of_time() -> None:
+    ladder = read_config("--model m", engine="sim", sleep_after="90s", discard_after="1h30m", stop_after=7200).ladder
+    assert (ladder.sleep_after, ladder.discard_after, ladder.stop_after) == (90.0, 5400.0, 7200.0)

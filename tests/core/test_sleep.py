@@ -23,7 +23,7 @@ def test_sleep_drains_tells_the_engine_and_measures() -> None:
     assert kinds(effects) == ["ClearTimers", "Save", "PutToSleep", "PublishState"]
     assert (instance.state, instance.heading) == (State.READY, Depth.LEVEL_1)
     effects = scene.slept()
-    assert kinds(effects) == ["SaveProfile", "ClearTimers", "Save", "PublishState", "Reply", "Measure"]
+    assert kinds(effects) == ["ClearTimers", "Save", "PublishState", "Reply", "Measure"]
     assert (instance.state, instance.depth, instance.heading) == (State.SLEEPING, Depth.LEVEL_1, None)
     assert instance.canary == "one"
     assert scene.answer().status == "sleeping"
@@ -70,16 +70,13 @@ def test_as_deep_as_that_already() -> None:
     assert scene.answer().status == "sleeping"
 
 
-def test_discarding_weights_waits_for_nobody_where_there_is_no_room() -> None:
+def test_discarding_weights_is_refused_where_there_is_no_room() -> None:
     scene = Scenario()
     scene.asleep("a")
     scene.ready("b")
-    scene.sleep("a", Depth.LEVEL_2)
+    assert kinds(scene.sleep("a", Depth.LEVEL_2)) == ["Reply"]
+    assert "belongs to instance 'b'" in str(scene.error())
     assert scene.instance("a").depth is Depth.LEVEL_1
-    waits = scene.fleet.roster.operation("a")
-    assert waits is not None and "until 'b' leaves GPU GPU-0" in waits.waits_for
-    scene.timer("operation", "a")
-    assert "until 'b' leaves GPU GPU-0" in str(scene.error())
     assert scene.instance("a").state is State.SLEEPING
 
 
@@ -122,7 +119,7 @@ def test_engine_that_cannot_sleep_says_so_in_its_own_words() -> None:
     scene.started("a")
     scene.answered("a")
     assert kinds(scene.sleep()) == ["Reply"]
-    assert str(scene.error()) == "vLLM on the CPU cannot sleep"
+    assert str(scene.error()) == "instance 'a' cannot sleep: vLLM on the CPU cannot sleep"
 
 
 @pytest.mark.parametrize(("fields", "field"), [({"sleep": "engine"}, "sleep"), ({}, "sleep_after")])
@@ -180,7 +177,7 @@ def test_sleep_that_failed_half_way_is_woken_and_remembered() -> None:
     scene.woken()
     assert instance.state is State.READY
     assert "could not be put to sleep: CUDA error" in str(scene.error())
-    verdict = scene.fleet.roster.profile(instance).verdicts[1]
+    verdict = scene.fleet.roster.conduct(instance).verdicts[1]
     assert (verdict.works, verdict.why) == (False, "CUDA error")
 
 
@@ -230,3 +227,48 @@ def test_wake_while_the_engine_is_told_follows_at_once() -> None:
     assert scene.answer(2).status == "sleeping"
     assert "AwaitMemory" in kinds(effects) or "WakeUp" in kinds(effects)
     assert scene.unanswered() == [3]
+
+
+def test_what_was_measured_before_the_next_move_is_no_matter() -> None:
+    scene = Scenario()
+    instance = scene.ready("a")
+    before = instance.moves
+    scene.sleep("a")
+    scene.drained("a")
+    scene.slept("a")
+    scene.wake("a")
+    scene.woken("a")
+    assert scene.tell(ev.Measured("a", before, Depth.AWAKE, Memory(64, 10))) == []
+    assert instance.memory.get(0) != Memory(64, 10)
+
+
+def test_canary_that_could_not_be_asked_is_not_claimed() -> None:
+    scene = Scenario()
+    instance = scene.ready("a")
+    scene.sleep("a")
+    scene.drained("a")
+    scene.slept("a", canary="none: it was not answered")
+    assert not instance.has_canary, "it is asked again before the next sleep"
+    scene.wake("a")
+    scene.memory_free("a")
+    scene.woken("a")
+    assert "could not be asked" in scene.fleet.roster.conduct(instance).verdicts[1].why
+
+
+def test_last_use_is_known_when_it_sleeps() -> None:
+    scene = Scenario()
+    instance = scene.ready("a")
+    scene.now += 100
+    scene.sleep("a")
+    scene.drained("a", idle=3.0)
+    assert instance.last_used == scene.now - 3.0
+
+
+@pytest.mark.parametrize(("code", "blamed"), [(-9, False), (-15, False), (-11, True), (1, True)])
+def test_one_that_somebody_kills_while_it_wakes_does_not_condemn_its_sleep(code: int, blamed: bool) -> None:
+    scene = Scenario()
+    instance = scene.asleep("a")
+    scene.wake("a")
+    scene.memory_free("a")
+    scene.exited(code, "a")
+    assert scene.fleet.roster.conduct(instance).works(Depth.LEVEL_1) is not blamed

@@ -25,7 +25,7 @@ def test_wake_waits_for_memory_then_tells_the_engine() -> None:
     scene.woken()
     assert (instance.state, instance.depth, instance.last_used) == (State.READY, Depth.AWAKE, scene.now)
     assert scene.answer().status == "woken"
-    verdict = scene.fleet.roster.profile(instance).verdicts[1]
+    verdict = scene.fleet.roster.conduct(instance).verdicts[1]
     assert verdict.works
 
 
@@ -98,7 +98,7 @@ def test_wake_that_failed_is_a_restart_and_is_remembered() -> None:
     scene.memory_free()
     effects = scene.engine_failed("it does not answer as before its sleep")
     assert kinds(effects) == ["SaveProfile", "ClearTimers", "Save", "PublishState", "KillTree"]
-    assert not scene.fleet.roster.profile(instance).works(Depth.LEVEL_1)
+    assert not scene.fleet.roster.conduct(instance).works(Depth.LEVEL_1)
     scene.exited(-9)
     assert kinds(scene.tree_gone())[:3] == ["Prefetch", "Check", "PublishState"]
     assert (instance.state, instance.attempt) == (State.STARTING, 2)

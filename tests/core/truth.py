@@ -100,7 +100,7 @@ def check_begun(world: World, instance: Instance, operation: Operation) -> None:
     assert not instance.config.ladder.pin, "a pinned one steps down by itself"
     assert operation.depth > instance.depth, "a step down leads down"
     if operation.depth in SLEEP_LEVELS:
-        assert world.fleet.roster.profile(instance).works(operation.depth), "a depth that does not work"
+        assert world.fleet.roster.conduct(instance).works(operation.depth), "a depth that does not work"
     if by_time:
         _check_idle(world, instance, operation)
     else:

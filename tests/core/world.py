@@ -317,7 +317,7 @@ class World:
         instance, handle = self.fleet.instances[effect.id], self.handles.get(effect.id)
         until = None if seconds is None else self.clock + seconds
         tree = handle.tree if handle is not None else None
-        task = Task(kind, instance, effect, instance.attempt, instance.depth, tree, until)
+        task = Task(kind, instance, effect, instance.attempt, instance.depth, tree, until, moves=instance.moves)
         self.tasks.append(task)
         return task
 

@@ -308,7 +308,7 @@ def test_the_ladder_by_time(start: Start) -> None:
     assert steps == [
         "goes to sleep (level 1): no request for 0.3 s",
         "goes to sleep (level 2): no request for 0.6 s",
-        "goes to sleep (its process ends): no request for 0.9 s",
+        "goes to sleep (no process): no request for 0.9 s",
     ]
     agree(daemon)
     assert done(daemon, "idle", "wake")["state"] == "ready"

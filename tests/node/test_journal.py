@@ -58,8 +58,6 @@ PROFILES = st.builds(
     Profile,
     memory=st.dictionaries(DEPTHS, MEMORY, max_size=3),
     phases=st.dictionaries(TEXT, NUMBERS, max_size=3),
-    sleep_seconds=st.dictionaries(DEPTHS, NUMBERS, max_size=3),
-    wake_seconds=st.dictionaries(DEPTHS, NUMBERS, max_size=3),
     verdicts=st.dictionaries(DEPTHS, st.builds(Verdict, st.booleans(), TEXT, NUMBERS), max_size=3),
 )
 ADDRESSES = st.builds(Address, TEXT, st.none() | st.integers(0, 65535), st.none() | TEXT, st.booleans())

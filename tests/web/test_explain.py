@@ -16,7 +16,9 @@ def explain(daemon: Daemon, instance_id: str) -> dict[str, Any]:
     reply = daemon.http.get(f"{INSTANCES}/{instance_id}/explain")
     assert reply.status_code == 200, reply.text
     document = dict(reply.json())
-    assert set(document) == {"instance_id", "state", "summary", "waits_for", "next_step", "works", "notes"}
+    assert set(document) == {
+        *("instance_id", "state", "summary", "activity", "waits_for", "next_step", "works", "notes")
+    }
     assert (document["instance_id"], document["state"]) == (instance_id, daemon.instance(instance_id)["state"])
     assert document["summary"].endswith(".") or daemon.instance(instance_id).get("error")
     return document

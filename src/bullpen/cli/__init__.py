@@ -17,7 +17,8 @@ import typer
 
 from bullpen import __version__
 from bullpen.cli import demo, doctor, explain, logs, ps, run, serve, sleep, stop, swap, top, validate
-from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain, sentence
+from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain
+from bullpen.cli.hints import sentence
 from bullpen.errors import BullpenError
 
 app = typer.Typer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -94,20 +93,9 @@ def complain(text: str) -> None:
     print(f"bullpen: {text}", file=sys.stderr)
 
 
-def sentence(problem: BullpenError) -> str:
-    """An error's sentence, with the way out that this command line has."""
-    from bullpen.client import Refused
-
-    if isinstance(problem, Refused) and problem.status == 404:
-        return f"{problem}; `bullpen ps` lists those there are"
-    if isinstance(problem, Refused) and problem.status == 409:
-        owner = re.search(r"instance '([^']+)'", str(problem))
-        name = owner[1] if owner else "ID"
-        if "put it to sleep" in str(problem):
-            return f"{problem}; `bullpen sleep {name}` puts it to sleep, `bullpen stop {name}` deletes it"
-        if "; delete " in str(problem):
-            return f"{problem}; `bullpen stop {name}` deletes it"
-    return str(problem)
+def goes_on(what: str, name: str) -> None:
+    """Say after a Ctrl-C that what was asked for is still being done."""
+    complain(f"the {what} goes on; `bullpen explain {name}` tells how it ends")
 
 
 def print_json(document: Any) -> None:

@@ -12,7 +12,7 @@ from bullpen.cli.common import JsonOption, KeyOption, UrlOption, complete_ids, c
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bullpen.client import Explanation, NextStep, Verdict
+    from bullpen.client import Activity, Explanation, NextStep, Verdict
 
 
 def explain(
@@ -29,31 +29,37 @@ def explain(
     """
     with connect(url, access_key) as client:
         found = client.explain(instance_id)
-    if json_output:
-        print_json(found.document)
-        return 0
+        if json_output:
+            print_json(found.document)
+            return 0
+        pinned = bool(client.get(instance_id).document.get("pin"))
     from bullpen.cli.console import new_console
 
     console = new_console()
-    for part in report(found, datetime.now().astimezone()):
+    for part in report(found, datetime.now().astimezone(), pinned=pinned):
         console.print(part)
     return 0
 
 
-def report(found: Explanation, now: datetime) -> list[RenderableType]:
+def report(found: Explanation, now: datetime, *, pinned: bool = False) -> list[RenderableType]:
     """The explanation for people."""
     from rich.table import Table
     from rich.text import Text
 
     from bullpen.cli import words
+    from bullpen.client import Activity
 
     heading = Text.assemble((found.instance_id, "bold"), "  ", (found.state, words.COLOURS.get(found.state, "")))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row("why", Text(found.summary))
+    activity = found.document.get("activity")
+    if activity:
+        facts.add_row("now", Text(doing(Activity.read(activity), now)))
     facts.add_row("waits", Text(found.waits_for or "for nothing"))
-    facts.add_row("next", Text(next_step(found.next_step)))
+    if found.next_step or not activity:
+        facts.add_row("next", Text(next_step(found.next_step, pinned=pinned)))
     for level, verdict in found.works.items():
         facts.add_row(f"sleep {words.level(level)}", Text(verdict_words(verdict, now)))
     notes = Table.grid(padding=(0, 2))
@@ -66,19 +72,33 @@ def report(found: Explanation, now: datetime) -> list[RenderableType]:
     return [heading, facts, Text("\nWhat happened", "bold"), notes]
 
 
-def next_step(step: NextStep | None) -> str:
+def doing(activity: Activity, now: datetime) -> str:
+    """What is under way: how far it is, why, and how long it has lasted."""
+    from bullpen.cli import words
+
+    lasted = ""
+    if activity.since:
+        lasted = f" ({words.so_far((now - datetime.fromisoformat(activity.since)).total_seconds())})"
+    return f"{activity.doing}, {activity.stage}: {activity.reason}{lasted}"
+
+
+def next_step(step: NextStep | None, *, pinned: bool) -> str:
     """What comes next, and when."""
     from bullpen.cli import words
 
     if step is None:
-        return "it stays as it is until somebody asks for something else"
-    return f"{words.level(step.to)} in {words.duration(step.in_seconds)}, {step.why}"
+        stays = "it is pinned" if pinned else "it stays as it is"
+        return f"{stays} until somebody asks for something else"
+    to = "asleep (emulated)" if step.to == "emulated" else words.level(step.to)
+    return f"{to} in {words.duration(step.in_seconds)}, {step.why}"
 
 
 def verdict_words(verdict: Verdict | None, now: datetime) -> str:
     """Whether a level of sleep works, and how that is known."""
     if verdict is None:
         return "not tried yet"
+    if not verdict.works and not verdict.at:
+        return f"not available: {verdict.why}"
     when = f" ({moment(verdict.at, now)})" if verdict.at else ""
     return f"{'works' if verdict.works else 'does not work'}: {verdict.why}{when}"
 

@@ -76,7 +76,7 @@ class StartDisplay:
             waits = (words.doing(instance) or "waits") if instance.phase == "waiting" else ""
             self._tell(f"{self._name}: {waits or words.phase(instance.phase)}")
         elif instance.state not in ("starting", "ready"):
-            self._tell(f"{self._name} is {words.state(instance)}")
+            self._tell(f"{self._name} {words.has_become(instance)}")
 
     def ready(self, instance: Instance, *parts: RenderableType) -> None:
         """Leave the summary of a start that has come to its end, and ``parts`` below it; then show how it is."""

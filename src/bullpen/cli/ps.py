@@ -57,17 +57,13 @@ def show(found: InstanceList, readiness: Readiness, report: GpuReport) -> None:
     from bullpen.cli.table import Context, instance_table
 
     console = new_console()
-    for zygote in readiness.zygotes:
-        if zygote.state != "warm" and (zygote.engine == readiness.engine or zygote.state == "warming"):
-            console.print(words.warming(zygote))
-    if readiness.waiting:
-        one = readiness.waiting == 1
-        console.print(f"{readiness.waiting} {'create waits' if one else 'creates wait'} to be started")
+    for line in words.launching(readiness):
+        console.print(line)
     instances = found.instances
     if instances:
         context = Context(datetime.now(UTC), gpus.indices(report))
         console.print(instance_table(instances, context, console.width if console.is_terminal else None))
-    else:
+    elif not readiness.waiting:
         print("No instances. `bullpen run MODEL` starts one.")
     for instance in instances:
         if instance.error is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from bullpen.cli.common import JsonOption, KeyOption, UrlOption, WrongUsageError, connect
+from bullpen.cli.hints import AdvisedError, make_room, sentence
 from bullpen.errors import InvalidRequestError
 
 GPUS, SLEEP = "GPUs", "Sleep"
@@ -107,6 +108,7 @@ def run(
     }
     from bullpen.cli.console import new_console
     from bullpen.cli.running import Request, Running
+    from bullpen.client import Refused
 
     with connect(url, access_key) as client:
         if client.target.is_local:
@@ -120,7 +122,11 @@ def run(
             engine=engine,
             wishes={name: value for name, value in wishes.items() if value not in (None, False)},
         )
-        return Running(client, request, new_console(stderr=json_output), detach=detach, json_output=json_output).go()
+        running = Running(client, request, new_console(stderr=json_output), detach=detach, json_output=json_output)
+        try:
+            return running.go()
+        except Refused as problem:
+            raise AdvisedError(sentence(problem, way=make_room(client))) from problem
 
 
 def check_options(model: str, options: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bullpen.cli import gpus, words
 from bullpen.cli.table import COLUMNS, GAP, Context, Filled, layout
-from bullpen.client import Gpu, GpuReport, Instance, InstanceList
+from bullpen.client import Gpu, GpuReport, Instance, InstanceList, Readiness
 
 SHOWN = ("ID", "MODEL", "STATE", "GPU", "GPU MiB", "AGE", "START")
 """The columns of instances."""
@@ -30,6 +30,7 @@ class Snapshot:
     url: str
     found: InstanceList
     report: GpuReport
+    readiness: Readiness
     trouble: str = ""
 
     def document(self) -> dict[str, Any]:
@@ -42,9 +43,13 @@ def frame(snapshot: Snapshot, now: datetime, width: int, height: int | None = No
     instances = snapshot.found.instances
     above = [*heading(snapshot, instances, width), Text()]
     above += [*gpu_lines(snapshot.report, width), Text()]
+    waiting = words.launching(snapshot.readiness)
+    above += [Text(cut(line, width), "cyan", no_wrap=True) for line in waiting]
     room = None if height is None else height - len(above) - 1
     below = [Text(cut(f"! {snapshot.trouble}", width), "red")] if snapshot.trouble else []
     context = Context(now, gpus.indices(snapshot.report))
+    if not instances and snapshot.readiness.waiting:
+        return Group(*above, *below)
     return Group(
         *above, *instance_lines(instances, context, width, None if room is None else room - len(below)), *below
     )

@@ -6,15 +6,18 @@ It must answer soon after it is typed, so nothing is imported here that the daem
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from bullpen.cli.common import WrongUsageError
+from bullpen.cli.common import WrongUsageError, complain
 from bullpen.errors import StateError
 
 LISTEN, INSTANCES, SLEEP, GPUS = "Listening", "Instances", "Sleep", "GPUs"
+CANNOT_START = 2
+"""The daemon's exit code where something is in its way, such as the owner of its port."""
 
 
 def serve(
@@ -192,9 +195,18 @@ def serve(
         from bullpen.node.settings import load
 
         settings = load(flags, config)
+        if not settings.mock_gpus and (mock_gpu_count is not None or mock_gpu_memory is not None):
+            raise StateError("--mock-gpu-count and --mock-gpu-memory are about mock GPUs; give --mock-gpus too")
         from bullpen.web.serve import serve as run_daemon
     except StateError as problem:
         raise WrongUsageError(str(problem)) from problem
     finally:
         gc.enable()
-    return run_daemon(settings)
+    code = run_daemon(settings)
+    if code == CANNOT_START and settings.port:
+        from bullpen.cli.checks.daemon import is_bullpen
+
+        logging.disable()  # what the question itself would log is nobody's concern
+        if is_bullpen(settings.host, settings.port):
+            complain("another Bullpen daemon has that port")
+    return code

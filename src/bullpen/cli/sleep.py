@@ -19,10 +19,11 @@ from bullpen.cli.common import (
     complain,
     complete_ids,
     connect,
+    goes_on,
     print_json,
-    sentence,
     side_by_side,
 )
+from bullpen.cli.hints import sentence, swap_with
 from bullpen.errors import BullpenError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def sleep(
       bullpen sleep opt-125m qwen --level 2 --drain 10
     """
     with connect(url, access_key) as client:
-        return do(ids, partial(client.sleep, level=level, drain=drain, refuse=refuse), json_output)
+        return do("sleep", ids, partial(client.sleep, level=level, drain=drain, refuse=refuse), json_output)
 
 
 def wake(ids: IdsArgument, json_output: JsonOption = False, url: UrlOption = None, access_key: KeyOption = None) -> int:
@@ -68,24 +69,33 @@ def wake(ids: IdsArgument, json_output: JsonOption = False, url: UrlOption = Non
       bullpen wake opt-125m
     """
     with connect(url, access_key) as client:
-        return do(ids, client.wake, json_output)
+        return do("wake", ids, client.wake, json_output)
 
 
-def do(ids: Sequence[str], work: Callable[[str], Instance], json_output: bool) -> int:
-    """Do something with each instance, say what each has become, and return the exit code."""
+def do(what: str, ids: Sequence[str], work: Callable[[str], Instance], json_output: bool) -> int:
+    """Do something with each instance, say what each has become, and return the exit code.
+
+    Ctrl-C ends the command alone: the daemon goes on.
+    """
     from bullpen.cli import words
 
     started = time.monotonic()
-    done, code = [], 0
-    for name, outcome in side_by_side(work, dict.fromkeys(ids)):
-        if isinstance(outcome, BullpenError):
-            complain(sentence(outcome))
-            code = 1
-            continue
-        done.append(outcome.document)
-        if not json_output:
-            taken = words.duration(time.monotonic() - started)
-            print(f"{name} is {words.state(outcome)} ({taken})", flush=True)
+    left, done, code = dict.fromkeys(ids), [], 0
+    try:
+        for name, outcome in side_by_side(work, list(left)):
+            del left[name]
+            if isinstance(outcome, BullpenError):
+                complain(sentence(outcome, name, swap_with(name) if what == "wake" else None))
+                code = 1
+                continue
+            done.append(outcome.document)
+            if not json_output:
+                taken = words.duration(time.monotonic() - started)
+                print(f"{name} {words.has_become(outcome)} ({taken})", flush=True)
+    except KeyboardInterrupt:
+        for name in left:
+            goes_on(what, name)
+        raise
     if json_output:
         print_json({"instances": done})
     return code

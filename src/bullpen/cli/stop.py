@@ -16,9 +16,9 @@ from bullpen.cli.common import (
     complete_ids,
     connect,
     print_json,
-    sentence,
     side_by_side,
 )
+from bullpen.cli.hints import sentence
 from bullpen.errors import BullpenError
 
 

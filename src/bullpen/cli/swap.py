@@ -21,9 +21,11 @@ from bullpen.cli.common import (
     WrongUsageError,
     complete_ids,
     connect,
+    goes_on,
     in_background,
     print_json,
 )
+from bullpen.cli.hints import AdvisedError, sentence, swap_with
 
 if TYPE_CHECKING:
     from bullpen.cli.swapping import SwapDisplay
@@ -67,18 +69,27 @@ def swap(
         raise WrongUsageError(f"{incoming} cannot come in and go out; name what goes out behind it, or nothing")
     from bullpen.cli.console import new_console
     from bullpen.cli.swapping import SwapDisplay
+    from bullpen.client import Refused
 
     with connect(url, access_key) as client:
+        before = client.list()
+        was_ready = any(one.instance_id == incoming and one.state == "ready" for one in before.instances)
         doing: Future[Swapped] = Future()
-        with SwapDisplay(new_console(stderr=json_output), incoming, out) as display:
-            over = threading.Event()
-            in_background(partial(show, client, client.list().revision, display), over)
-            in_background(partial(do, client, doing, incoming, out, level, drain, refuse), over)
-            try:
+        over = threading.Event()
+        try:
+            with SwapDisplay(new_console(stderr=json_output), incoming, out, was_ready=was_ready) as display:
+                in_background(partial(show, client, before.revision, display), over)
+                in_background(partial(do, client, doing, incoming, out, level, drain, refuse), over)
                 done = wait_for(doing)
-            finally:
-                over.set()
-            display.done(done)
+                display.done(done)
+        except KeyboardInterrupt:
+            goes_on("swap", incoming)
+            raise
+        except Refused as problem:
+            about = out[0] if len(out) == 1 else "ID"
+            raise AdvisedError(sentence(problem, about, swap_with(incoming, out))) from problem
+        finally:
+            over.set()
     if json_output:
         print_json(done.document)
     return 0

@@ -28,12 +28,14 @@ class SwapDisplay:
         console: where; animated if it is a terminal.
         incoming: the id of what comes in.
         outgoing: what goes out, as far as that is known.
+        was_ready: what comes in was ready before.
     """
 
-    def __init__(self, console: Console, incoming: str, outgoing: Sequence[str]) -> None:
+    def __init__(self, console: Console, incoming: str, outgoing: Sequence[str], *, was_ready: bool = False) -> None:
         self._console = console
         self._incoming = incoming
         self._outgoing = list(outgoing)
+        self._was_ready = was_ready
         self._swap: Swap | None = None
         self._instances: dict[str, Instance] = {}
         self._lock = threading.Lock()
@@ -75,9 +77,12 @@ class SwapDisplay:
             self._over = True
         if self._live is not None:
             self._live.stop()
-        ready = Text.assemble(("✓ ", "green"), (swapped.incoming.instance_id, "bold"), " is ready in ")
-        self._console.print(ready.append(words.duration(swapped.seconds)))
-        asleep = [f"{one.instance_id} is {words.state(one)}" for one in swapped.outgoing]
+        heading = Text.assemble(("✓ ", "green"), (swapped.incoming.instance_id, "bold"))
+        if self._was_ready and not swapped.outgoing:
+            self._console.print(heading.append(" is ready already, nothing had to go"))
+            return
+        self._console.print(heading.append(f" is ready in {words.duration(swapped.seconds)}"))
+        asleep = [f"{one.instance_id} {words.has_become(one)}" for one in swapped.outgoing]
         times = stage_times(swapped.stages, swapped.seconds)
         taken = ", ".join(f"{STAGES[stage]} {words.duration(seconds)}" for stage, seconds in times)
         self._console.print(Text(f"  {taken}{'; ' if asleep else ''}{', '.join(asleep)}", "dim"))

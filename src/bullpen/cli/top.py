@@ -66,7 +66,7 @@ def look(client: BullpenClient) -> Snapshot:
     """What the daemon tells now."""
     from bullpen.cli.screen import Snapshot
 
-    return Snapshot(client.url, client.list(), client.gpus())
+    return Snapshot(client.url, client.list(), client.gpus(), client.ready())
 
 
 class Top:

@@ -10,7 +10,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bullpen.client import Instance, ZygoteState
+    from bullpen.client import Instance, Readiness, ZygoteState
 
 PHASES: Mapping[str, str] = {"start": "process", "kv_cache": "KV cache", "warmup": "warm-up"}
 """What phases are called where that is not their own name."""
@@ -58,6 +58,15 @@ def state(instance: Instance) -> str:
     return f"sleeping {instance.sleep_level or ''}".rstrip()
 
 
+def has_become(instance: Instance) -> str:
+    """The state as a verb: ``is ready``, ``sleeps at level 1``, ``sleeps (emulated)``."""
+    if instance.state != "sleeping":
+        return f"is {instance.state}"
+    if instance.sleep_emulated:
+        return "sleeps (emulated)"
+    return f"sleeps at level {instance.sleep_level}" if instance.sleep_level else "sleeps"
+
+
 def level(depth: str) -> str:
     """What a depth of sleep is called: ``level 1`` for ``level_1``."""
     return depth.replace("_", " ")
@@ -69,6 +78,11 @@ def doing(instance: Instance) -> str:
     if activity is None:
         return ""
     return f"waits {activity.waits_for}" if activity.waits_for else activity.stage
+
+
+def so_far(seconds: float) -> str:
+    """How long something has lasted, in whole seconds: it still goes on."""
+    return f"{max(0.0, seconds):.0f} s" if seconds < 59.5 else duration(seconds)
 
 
 def mib(amount: float) -> str:
@@ -120,6 +134,19 @@ def warming(zygote: ZygoteState) -> str:
         return f"engine {zygote.engine} cannot be used: {zygote.error}"
     module = f"at {zygote.module}, {zygote.done} of {zygote.total}" if zygote.module else "this takes a while"
     return f"engine {zygote.engine} is being imported: {module}"
+
+
+def launching(readiness: Readiness) -> list[str]:
+    """What creates have to wait for, and how many do; nothing where they need not."""
+    lines = [
+        warming(zygote)
+        for zygote in readiness.zygotes
+        if zygote.state != "warm" and (zygote.engine == readiness.engine or zygote.state == "warming")
+    ]
+    if readiness.waiting:
+        one = readiness.waiting == 1
+        lines.append(f"{readiness.waiting} {'create waits' if one else 'creates wait'} to be started")
+    return lines
 
 
 def curl(instance: Instance) -> str:

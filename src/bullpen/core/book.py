@@ -102,7 +102,9 @@ class Book:
         Returns:
             Their UUIDs, or why there are not enough.
         """
-        free = [gpu for gpu in self.gpus.values() if not self.rivals(gpu.uuid, share, but)]
+        # CUDA shows a server one MIG device at most.
+        fitting = [gpu for gpu in self.gpus.values() if count == 1 or gpu.parent is None]
+        free = [gpu for gpu in fitting if not self.rivals(gpu.uuid, share, but)]
         if len(free) < count:
             return ConflictError(self._too_few(count, share, len(free), but))
         free.sort(key=lambda gpu: (-self._taken(gpu.uuid) if share else 0.0, len(self.on(gpu.uuid)), gpu.index))

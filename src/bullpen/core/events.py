@@ -155,11 +155,13 @@ class Swap:
 
 @dataclass(frozen=True)
 class Drained:
-    """The gate is closed; ``left`` requests were still in flight when the time for them was over."""
+    """The gate is closed; ``left`` requests were still in flight when the time for them was over, and the last that
+    ended did so ``idle_seconds`` ago."""
 
     id: str
     operation: int
     left: int
+    idle_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,10 @@ class MemoryShort:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an instance holds at a depth."""
+    """What an instance held at a depth, after so many moves."""
 
     id: str
-    attempt: int
+    moves: int
     depth: Depth
     memory: Memory
 

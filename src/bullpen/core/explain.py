@@ -8,18 +8,19 @@ from bullpen.core.instance import Depth, Instance, State
 from bullpen.core.laddering import due
 from bullpen.core.operation import Operation
 from bullpen.core.profile import Verdict
-from bullpen.core.public import depth_name, timestamp
+from bullpen.core.public import activity, depth_name, timestamp
 from bullpen.core.roster import Roster
 
 
 def explain(roster: Roster, instance: Instance, now: float) -> dict[str, Any]:
     """Everything that was decided about an instance and what comes next, as JSON data."""
     operation = roster.operation(instance.id)
-    verdicts = roster.profile(instance).verdicts
+    verdicts = roster.conduct(instance).verdicts
     return {
         "instance_id": instance.id,
         "state": str(instance.state),
         "summary": summary(instance, operation),
+        "activity": None if operation is None else activity(operation),
         "waits_for": (operation.waits_for or None) if operation is not None else None,
         "next_step": next_step(roster, instance, now),
         "works": {
@@ -47,7 +48,7 @@ def summary(instance: Instance, operation: Operation | None) -> str:
         return f"It is {instance.state}; under way: {operation.doing}, {operation.stage} ({operation.reason})."
     if instance.error is not None:
         return f"It is {instance.state}: {instance.error.message}"
-    last = f" Last: {instance.notes[-1].text}." if instance.notes else ""
+    last = f" Last: {instance.reason}." if instance.reason else ""
     return f"It is {described(instance)}.{last}"
 
 

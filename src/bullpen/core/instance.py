@@ -121,6 +121,7 @@ class Served:
         cannot_sleep: why the engine cannot sleep on this machine, one sentence; None where it can.
         sleep_enabled: whether the options ask for the engine's sleep mode themselves.
         utilization: the share of each accelerator's memory that the server takes by its options; None: it does not say.
+        devices: how many accelerators its options need.
         pooling: whether it embeds instead of generating.
         weights_mib: the size of the model's weights, where its files are on this host.
         kv_mib: the size of the KV cache, where the options say it.
@@ -136,6 +137,7 @@ class Served:
     cannot_sleep: str | None = None
     sleep_enabled: bool = False
     utilization: float | None = None
+    devices: int = 1
     pooling: bool = False
     weights_mib: int | None = None
     kv_mib: int | None = None
@@ -175,13 +177,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that was decided about an instance, and why."""
+    """Something that was decided about an instance, and why.
+
+    Attributes:
+        refusal: whether it only says what was not done.
+    """
 
     at: float
     text: str
+    refusal: bool = False
 
 
 NOTES_KEPT = 50
+NO_CANARY = "none: "
+"""How a canary begins that could not be asked; what follows says why. It is not compared after a wake, and asked for
+again before the next sleep."""
 
 
 @dataclass
@@ -206,6 +216,7 @@ class Instance:
         canary: what it answered to the canary before its first sleep.
         memory: by depth, what it was measured to hold.
         last_used: the last time at which it was seen to answer a request, or became ready.
+        moves: counts what was begun with it; what was measured before is no matter any more.
         notes: what was decided about it and why, the newest last.
     """
 
@@ -239,6 +250,7 @@ class Instance:
     canary: str | None = None
     memory: dict[int, Memory] = field(default_factory=dict)
     last_used: float | None = None
+    moves: int = 0
     notes: list[Note] = field(default_factory=list)
 
     @property
@@ -260,7 +272,17 @@ class Instance:
         assert state in TRANSITIONS[self.state], f"{self.id}: {self.state} -> {state}"
         self.state = state
 
-    def note(self, now: float, text: str) -> None:
+    @property
+    def reason(self) -> str | None:
+        """The newest thing that was decided about it, refusals aside."""
+        return next((note.text for note in reversed(self.notes) if not note.refusal), None)
+
+    @property
+    def has_canary(self) -> bool:
+        """Whether there is an answer to compare with after a wake."""
+        return self.canary is not None and not self.canary.startswith(NO_CANARY)
+
+    def note(self, now: float, text: str, *, refusal: bool = False) -> None:
         """Remember what was decided about it."""
-        self.notes.append(Note(now, text))
+        self.notes.append(Note(now, text, refusal))
         del self.notes[:-NOTES_KEPT]

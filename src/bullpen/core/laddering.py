@@ -22,7 +22,7 @@ def can_reach(roster: Roster, instance: Instance, depth: Depth) -> bool:
     """Whether an instance can be at a depth at all and nothing that was seen speaks against it."""
     if depth is Depth.STOPPED:
         return True
-    return instance.can_sleep and roster.profile(instance).works(depth)
+    return instance.can_sleep and roster.conduct(instance).works(depth)
 
 
 def due(roster: Roster, instance: Instance) -> tuple[Depth, float] | None:

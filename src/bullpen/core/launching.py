@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
+from bullpen.core.book import ROUNDING
 from bullpen.core.devices import resolve, select
 from bullpen.core.instance import Address, Config, Depth, Instance, State
 from bullpen.core.laddering import idle_timer
@@ -20,6 +21,7 @@ from bullpen.engines.crash import CrashClass, Failure
 from bullpen.errors import BullpenError, ConflictError, EngineError, InvalidRequestError, LaunchError
 
 START_TIMER = "start"
+PCI_ORDER = "PCI_BUS_ID"
 LAST_PORT = 65_535
 WARM_UP_PHASE = "first request"
 WAITING_PHASE = "waiting"
@@ -70,6 +72,15 @@ class Launching:
             return problem
         if len(set(uuids)) != len(uuids):
             return InvalidRequestError("a GPU is named twice", field="gpu_uuids")
+        if uuids and (config.env_vars or {}).get("CUDA_DEVICE_ORDER", PCI_ORDER) != PCI_ORDER:
+            return InvalidRequestError(
+                f"env_vars set CUDA_DEVICE_ORDER; leave it out, GPUs are counted by {PCI_ORDER}", field="env_vars"
+            )
+        parts = [gpu for gpu in self._roster.gpus if gpu.uuid in uuids and gpu.parent is not None]
+        if parts and len(uuids) > 1:
+            return InvalidRequestError(
+                f"CUDA shows a server one MIG device at most; name {parts[0].uuid} alone", field="gpu_uuids"
+            )
         visible = (config.env_vars or {}).get("CUDA_VISIBLE_DEVICES")
         if uuids and visible is not None and {gpu.uuid for gpu in select(self._roster.gpus, visible)} != set(uuids):
             return other_gpus("gpu_uuids names others")
@@ -103,7 +114,7 @@ class Launching:
             return []
         instance.served, instance.how = event.served, event.how
         instance.pid, instance.start_ticks = event.pid, event.start_ticks
-        problem = sleep_refusal(instance)
+        problem = sleep_refusal(instance) or size_refusal(instance)
         if problem is not None:
             return self.fail(instance, problem, now)
         if event.served.uds is not None:
@@ -170,7 +181,7 @@ class Launching:
     def go(self, instance: Instance, operation: Operation, now: float) -> list[fx.Effect]:
         """Its turn has come: see to the memory first."""
         roster = self._roster
-        mib = roster.needed_mib(instance)
+        mib = roster.start_mib(instance)
         crowded = roster.book().crowding(instance.gpus, mib, but=(instance.id,))
         if crowded is not None:
             return self.fail(instance, crowded, now)
@@ -305,7 +316,8 @@ class Launching:
         """What it holds at the depth that it has come to; remembered for the next of its kind."""
         instance = self._roster.instances.get(event.id)
         settled = instance is not None and instance.state in (State.READY, State.SLEEPING)
-        if instance is None or not settled or (instance.attempt, instance.depth) != (event.attempt, event.depth):
+        # What was begun meanwhile, even if it has come to the same depth again, may have been measured half-way.
+        if instance is None or not settled or (instance.moves, instance.depth) != (event.moves, event.depth):
             return []
         return [fx.Save(event.id), self._roster.note_memory(instance, event.memory)]
 
@@ -399,6 +411,25 @@ def may_sleep(instance: Instance) -> bool:
         return False
     steps = config.ladder.sleep_after is not None or config.ladder.discard_after is not None
     return config.sleep == "engine" or served.sleep_enabled or bool(instance.gpus) or steps
+
+
+def size_refusal(instance: Instance) -> InvalidRequestError | None:
+    """Why an instance's options ask for more than it claims."""
+    served, config = instance.served, instance.config
+    if served is None or not instance.gpus:
+        return None
+    if served.devices > len(instance.gpus):
+        return InvalidRequestError(
+            f"its options need {served.devices} GPUs and it claims {len(instance.gpus)}; claim more, or lower"
+            " --tensor-parallel-size"
+        )
+    if config.gpu_share is not None and (served.utilization or 0.0) > config.gpu_share + ROUNDING:
+        return InvalidRequestError(
+            f"--gpu-memory-utilization {served.utilization:g} is more than its gpu_share of {config.gpu_share:g}; leave"
+            " the option out, the share sets it",
+            field="gpu_share",
+        )
+    return None
 
 
 def sleep_refusal(instance: Instance) -> InvalidRequestError | None:

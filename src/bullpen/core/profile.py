@@ -23,15 +23,11 @@ class Profile:
     Attributes:
         memory: by depth, as measured the last time.
         phases: when each phase of the last start began, in seconds after its beginning; ``ready`` is its end.
-        sleep_seconds: by depth, how long the last way down took.
-        wake_seconds: by depth, how long the last way up took.
         verdicts: by depth.
     """
 
     memory: dict[int, Memory] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
-    sleep_seconds: dict[int, float] = field(default_factory=dict)
-    wake_seconds: dict[int, float] = field(default_factory=dict)
     verdicts: dict[int, Verdict] = field(default_factory=dict)
 
     def works(self, depth: Depth) -> bool:
@@ -58,18 +54,28 @@ class Profile:
 
 
 def profile_key(instance: Instance, gpu_name: str | None) -> str:
-    """What memory, times and verdicts depend on: engine, its version, model, accelerator, how many, and what share.
+    """What memory and times depend on: what sleep depends on, how many accelerators, what share, how large a KV cache.
 
     Two instances of one key are taken to behave alike.
     """
     served = instance.served
     share = instance.config.gpu_share or (served.utilization if served else None)
+    cache = served.kv_mib if served else None
+    parts = (
+        str(len(instance.gpus)),
+        "" if share is None else f"{share:g}",
+        "" if cache is None else str(cache),
+    )
+    return "|".join((conduct_key(instance, gpu_name), *parts))
+
+
+def conduct_key(instance: Instance, gpu_name: str | None) -> str:
+    """What it depends on whether sleep works: engine, its version, model, accelerator."""
+    served = instance.served
     parts = (
         instance.config.engine,
         served.version if served else "",
         served.model if served else "",
         gpu_name or "cpu",
-        str(len(instance.gpus)),
-        "" if share is None else f"{share:g}",
     )
     return "|".join(part.replace("|", "_") for part in parts)

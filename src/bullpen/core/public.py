@@ -47,7 +47,7 @@ def public(
         "model": instance.served.model if instance.served else None,
         "served_model_names": list(instance.served.served_model_names) if instance.served else [],
         "url": instance.address.url if instance.address else None,
-        "pid": instance.pid,
+        "pid": None if instance.state is State.SLEEPING and not instance.running else instance.pid,
         "start": instance.how,
         "created_at": timestamp(instance.created_at),
         "ready_at": timestamp(instance.ready_at),
@@ -59,20 +59,25 @@ def public(
         document["remaining_seconds"] = remaining_seconds(instance, now)
     document |= sleep_of(instance)
     if operation is not None:
-        document["activity"] = {
-            "doing": str(operation.doing),
-            "stage": str(operation.stage),
-            "since": timestamp(operation.since),
-            "reason": operation.reason,
-            "waits_for": operation.waits_for or None,
-        }
-    if instance.ended_at is not None:
+        document["activity"] = activity(operation)
+    if instance.ended_at is not None and instance.state is not State.SLEEPING:
         document |= {"ended_at": timestamp(instance.ended_at), "exit_code": instance.exit_code}
     if instance.error is not None:
         document["error"] = {"class": str(instance.error.kind), "message": instance.error.message}
-    if instance.notes:
-        document["reason"] = instance.notes[-1].text
+    if instance.reason is not None:
+        document["reason"] = instance.reason
     return document
+
+
+def activity(operation: Operation) -> dict[str, Any]:
+    """What is being done with an instance, as JSON data."""
+    return {
+        "doing": str(operation.doing),
+        "stage": str(operation.stage),
+        "since": timestamp(operation.since),
+        "reason": operation.reason,
+        "waits_for": operation.waits_for or None,
+    }
 
 
 def wishes(config: Config) -> dict[str, Any]:

@@ -29,6 +29,8 @@ LOADER_VARIABLES = (
 """Variables that make a program load other code than it would; each needs the operator's ``--allow-env``."""
 SLEEP_KINDS = ("engine", "emulate", "off")
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+WARM_UP_PATH = re.compile(r"/v1(?:/[A-Za-z0-9_-]+)+")
+"""Nothing that leads to the server's development endpoints or to its gate, which answer whoever is on this host."""
 LONGEST_SECONDS = 10 * 365 * 24 * 3600
 MOST_GPUS = 1024
 MOST_BYTES = 64 * 1024
@@ -157,8 +159,10 @@ def read_warm_up(given: Mapping[str, Any] | None) -> WarmUp | None:
     if given is None:
         return None
     path, body = given.get("path", "/v1/completions"), given.get("body", {})
-    if not isinstance(path, str) or not re.fullmatch(r"/[!-~]*", path):
-        raise InvalidRequestError("warm_up.path is a path on the server, such as /v1/completions", field="warm_up")
+    if not isinstance(path, str) or WARM_UP_PATH.fullmatch(path) is None:
+        raise InvalidRequestError(
+            "warm_up.path is one of the model's own, such as /v1/completions: it begins with /v1/", field="warm_up"
+        )
     try:
         text = json.dumps(body, allow_nan=False)
     except (ValueError, TypeError) as problem:
@@ -208,6 +212,9 @@ def read_config(
     check_gpus(gpu_uuids, gpus, gpu_share)
     if sleep not in (None, *SLEEP_KINDS):
         raise InvalidRequestError(f"sleep is one of {', '.join(SLEEP_KINDS)}", field="sleep")
+    for name in ("sleep_after", "discard_after"):
+        if sleep == "off" and ladder.get(name) is not None:
+            raise InvalidRequestError(f"sleep is off, so {name} cannot be; stop_after can", field=name)
     return Config(
         options=options,
         argv=argv,

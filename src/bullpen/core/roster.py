@@ -16,7 +16,7 @@ from bullpen.core.book import Book, Claim, Hold
 from bullpen.core.devices import Gpu
 from bullpen.core.instance import ENDED, Depth, Instance, Memory, State
 from bullpen.core.operation import Doing, Operation, Pending, Stage
-from bullpen.core.profile import Profile, profile_key
+from bullpen.core.profile import Profile, Verdict, conduct_key, profile_key
 from bullpen.errors import BullpenError, ConflictError, NotFoundError
 
 OPERATION_TIMER = "operation"
@@ -189,14 +189,39 @@ class Roster:
         share = served.utilization or instance.config.gpu_share
         return None if share is None else int(share * gpu.memory_mib)
 
+    def start_mib(self, instance: Instance) -> int | None:
+        """What must be free on each accelerator before an instance starts: vLLM does not start where less is free than
+        the share of the memory that its options name, whatever it uses then."""
+        needed = self.needed_mib(instance)
+        gpu = next((gpu for gpu in self.gpus if gpu.uuid in instance.gpus), None)
+        share = instance.served.utilization if instance.served else None
+        asked = None if gpu is None or share is None else int(share * gpu.memory_mib)
+        return max((mib for mib in (needed, asked) if mib is not None), default=None)
+
     def profile_key(self, instance: Instance) -> str:
         """The key under which things are remembered for an instance."""
-        name = next((gpu.name for gpu in self.gpus if gpu.uuid in instance.gpus), None)
-        return profile_key(instance, name)
+        return profile_key(instance, self._gpu_name(instance))
+
+    def _gpu_name(self, instance: Instance) -> str | None:
+        return next((gpu.name for gpu in self.gpus if gpu.uuid in instance.gpus), None)
 
     def profile(self, instance: Instance) -> Profile:
         """What is remembered of others of its kind."""
         return self.profiles.get(self.profile_key(instance)) or Profile()
+
+    def conduct(self, instance: Instance) -> Profile:
+        """What is remembered of how sleep works for others of its model, engine and accelerator."""
+        return self.profiles.get(self._conduct_key(instance)) or Profile()
+
+    def _conduct_key(self, instance: Instance) -> str:
+        return conduct_key(instance, self._gpu_name(instance))
+
+    def judge(self, instance: Instance, depth: Depth, verdict: Verdict) -> fx.SaveProfile:
+        """Remember whether a depth of sleep works."""
+        key = self._conduct_key(instance)
+        profile = self.profiles.setdefault(key, Profile())
+        profile.verdicts[int(depth)] = verdict
+        return fx.SaveProfile(key, profile)
 
     def remember(self, instance: Instance) -> tuple[Profile, fx.SaveProfile]:
         """The profile to change, and the effect that writes it down."""
@@ -228,6 +253,7 @@ class Roster:
         """Begin to do something with an instance with which nothing is being done."""
         pending = self.pending[instance.id]
         assert pending.operation is None
+        instance.moves += 1
         operation = Operation(self.next_number(), doing, stage, since=now, **fields)
         pending.operation = operation
         return operation

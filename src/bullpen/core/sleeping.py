@@ -25,6 +25,8 @@ from bullpen.errors import BullpenError, ConflictError, EngineError
 SLEEPING = "sleeping"
 WOKEN = "woken"
 READY = "ready"
+KILLED = (-9, -15)
+"""Exit codes of a server that somebody has ended, which says nothing about its sleep."""
 
 
 class Sleeping:
@@ -45,8 +47,10 @@ class Sleeping:
             operation.requests.append(event.request)
             return []
         error = self.refusal(instance)
+        if error is None and instance.depth is Depth.LEVEL_1 and event.depth is Depth.LEVEL_2:
+            error = self.keeps_weights(instance)
         if error is not None:
-            instance.note(now, f"asked to sleep, refused: {error}")
+            instance.note(now, f"asked to sleep, refused: {error}", refusal=True)
             return [fx.Reply(event.request, error=error)]
         depth = self.depth_for(instance, event.depth)
         if instance.state is State.SLEEPING and instance.depth >= depth:
@@ -67,8 +71,9 @@ class Sleeping:
             return None
         why = instance.served.cannot_sleep if instance.served else None
         return ConflictError(
-            why
-            or f"instance {instance.id!r} was started without sleep; start it with `sleep: engine`, or with"
+            f"instance {instance.id!r} cannot sleep: {why}"
+            if why
+            else f"instance {instance.id!r} was started without sleep; start it with `sleep: engine`, or with"
             " `sleep: emulate` for a stop that keeps its slot"
         )
 
@@ -112,6 +117,7 @@ class Sleeping:
         instance, operation = found
         if event.left:
             instance.note(now, f"{event.left} requests were cut off after {operation.drain:g} s")
+        instance.last_used = max(instance.last_used or 0.0, now if event.left else now - event.idle_seconds)
         return self._drained(instance, operation)
 
     def _drained(self, instance: Instance, operation: Operation) -> list[fx.Effect]:
@@ -148,9 +154,7 @@ class Sleeping:
             return []
         instance, operation = found
         instance.canary = event.canary if event.canary is not None else instance.canary
-        profile, saved = self._roster.remember(instance)
-        profile.sleep_seconds[int(operation.depth)] = now - operation.since
-        return [saved, *self._asleep(instance, operation, now), fx.Measure(instance.id)]
+        return [*self._asleep(instance, operation, now), fx.Measure(instance.id)]
 
     def _asleep(self, instance: Instance, operation: Operation, now: float) -> list[fx.Effect]:
         if instance.state is not State.SLEEPING:
@@ -179,6 +183,7 @@ class Sleeping:
         if after is After.START:
             return self._launching.again(instance, now)
         operation.depth = Depth.STOPPED
+        instance.exit_code = None  # it was told to end: the signal says nothing
         if after is After.SLEEP:
             return self._asleep(instance, operation, now)
         instance.enter(State.STOPPED)
@@ -207,7 +212,7 @@ class Sleeping:
             return [fx.Reply(event.request, instance, READY)]
         error = self.wake_refusal(instance)
         if error is not None:
-            instance.note(now, f"asked to wake, refused: {error}")
+            instance.note(now, f"asked to wake, refused: {error}", refusal=True)
             return [fx.Reply(event.request, error=error)]
         return self.begin_wake(instance, now, reason="asked to", request=event.request)
 
@@ -296,10 +301,10 @@ class Sleeping:
         if found is None:
             return []
         instance, operation = found
-        profile, saved = self._roster.remember(instance)
+        verdicts: list[fx.Effect] = []
         if operation.error is None and operation.depth in (Depth.LEVEL_1, Depth.LEVEL_2):
-            profile.wake_seconds[int(operation.depth)] = now - operation.since
-            profile.verdicts[int(operation.depth)] = Verdict(True, "woke and answered as before", now)
+            how = "woke and answered as before" if instance.has_canary else "woke; it could not be asked anything"
+            verdicts.append(self._roster.judge(instance, operation.depth, Verdict(True, how, now)))
         if instance.state is not State.READY:
             instance.enter(State.READY)
         instance.depth, instance.last_used = Depth.AWAKE, now
@@ -310,7 +315,7 @@ class Sleeping:
             fx.ClearTimers(event.id),
             fx.Save(event.id),
             fx.PublishState(instance),
-            saved,
+            *verdicts,
             *idle_timer(self._roster, instance, now),
             *answers,
             fx.Measure(event.id),
@@ -341,9 +346,7 @@ class Sleeping:
     def _blame(self, instance: Instance, operation: Operation, event: ev.EngineFailed, now: float) -> list[fx.Effect]:
         if operation.depth not in (Depth.LEVEL_1, Depth.LEVEL_2):
             return []
-        profile, saved = self._roster.remember(instance)
-        profile.verdicts[int(operation.depth)] = Verdict(False, event.sentence, now)
-        return [saved]
+        return [self._roster.judge(instance, operation.depth, Verdict(False, event.sentence, now))]
 
     def _stays(self, instance: Instance, sentence: str, now: float) -> list[fx.Effect]:
         """It is as it was before the way down."""
@@ -366,8 +369,8 @@ class Sleeping:
         instance.exit_code, instance.ended_at = event.code, now
         told = self._roster.publish("STOPPED", instance)
         why = event.failure.message if event.failure is not None else "it ended by itself"
-        failed = ev.EngineFailed(instance.id, operation.number, why, touched=True, verdict=True)
-        blamed = self._blame(instance, operation, failed, now)
+        failed = ev.EngineFailed(instance.id, operation.number, why, touched=True, verdict=event.code not in KILLED)
+        blamed = self._blame(instance, operation, failed, now) if failed.verdict else []
         return [*told, *blamed, *self.restart(instance, operation, why, now)]
 
     def cannot_have(self, instance: Instance, error: BullpenError, now: float) -> list[fx.Effect]:

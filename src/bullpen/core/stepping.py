@@ -33,9 +33,10 @@ class Stepping:
         """It may be time for a step down the ladder; who is awake is asked first."""
         if self._roster.operation(instance.id) is not None or self._roster.pending[instance.id].killing:
             return []
-        if instance.state is State.READY:
+        asleep = instance.state is State.SLEEPING
+        if instance.state is State.READY or (asleep and not instance.tree_gone):
             return [fx.AskActivity(instance.id)]
-        if instance.state is not State.SLEEPING:
+        if not asleep:
             return []
         step = due(self._roster, instance)
         return [] if step is None else self._step_down(instance, step, now)
@@ -43,7 +44,11 @@ class Stepping:
     def activity(self, event: ev.Activity, now: float) -> list[fx.Effect]:
         """A server has said how busy it is: take the step, or look again when it may be due."""
         instance = self._roster.instances.get(event.id)
-        if instance is None or instance.state is not State.READY or self._roster.operation(event.id) is not None:
+        if instance is None or self._roster.operation(event.id) is not None:
+            return []
+        if instance.state is State.SLEEPING:
+            return self._still_asleep(instance, event, now)
+        if instance.state is not State.READY:
             return []
         step = due(self._roster, instance)
         if event.in_flight is None:
@@ -57,6 +62,19 @@ class Stepping:
         if idle < step[1]:
             return [fx.SetTimer(event.id, IDLE_TIMER, step[1] - idle)]
         return self._step_down(instance, step, now)
+
+    def _still_asleep(self, instance: Instance, event: ev.Activity, now: float) -> list[fx.Effect]:
+        """A sleeper goes deeper, unless somebody waits at its gate for it to wake."""
+        step = due(self._roster, instance)
+        if step is None:
+            return []
+        if event.in_flight == 0:
+            return self._step_down(instance, step, now)
+        held = f"{event.in_flight} requests wait at its gate" if event.in_flight else "its server does not say whether"
+        why = f"goes no deeper for now: {held}{'' if event.in_flight else ' requests wait'}"
+        if instance.reason != why:
+            instance.note(now, why)
+        return [fx.SetTimer(instance.id, IDLE_TIMER, ASK_AGAIN), fx.PublishState(instance)]
 
     def _step_down(self, instance: Instance, step: tuple[Depth, float], now: float) -> list[fx.Effect]:
         depth, after = step

@@ -111,7 +111,7 @@ class Swapping:
     def _refuse(self, event: ev.Swap, problem: BullpenError, now: float) -> list[fx.Effect]:
         instance = self._roster.instances.get(event.incoming)
         if instance is not None:
-            instance.note(now, f"asked to be swapped in, refused: {problem}")
+            instance.note(now, f"asked to be swapped in, refused: {problem}", refusal=True)
         return [fx.Reply(event.request, error=problem)]
 
     def _begin_in(self, event: ev.Swap, swap: SwapState, now: float) -> list[fx.Effect]:
@@ -284,7 +284,8 @@ class Swapping:
         swap.stage, swap.begun["done"] = SwapStage.DONE, now
         del self.swaps[swap.number]
         document = swap.document()
-        instance.note(now, f"swapped in for {', '.join(map(repr, swap.outgoing)) or 'nobody'}")
+        if swap.outgoing:
+            instance.note(now, f"swapped in for {', '.join(map(repr, swap.outgoing))}")
         reply = [] if swap.request is None else [fx.Reply(swap.request, instance, SWAPPED, details=document)]
         return [fx.SaveSwap(swap.number, None), fx.PublishSwap(document), *reply]
 
@@ -380,8 +381,12 @@ class Swapping:
     def _finish_back(self, swap: SwapState, now: float) -> list[fx.Effect]:
         del self.swaps[swap.number]
         states = {one: self._state(one) for one in swap.outgoing}
+        out = ", ".join(map(repr, swap.outgoing))
         restored = ", ".join(f"{one!r} is {state}" for one, state in states.items()) or "nothing had changed"
         swap.stage, swap.begun["done"] = SwapStage.DONE, now
+        for one in (swap.incoming, *swap.outgoing):
+            if (instance := self._roster.instances.get(one)) is not None:
+                instance.note(now, f"a swap of {swap.incoming!r} for {out or 'nobody'} was taken back: {swap.error}")
         document = swap.document()
         told: list[fx.Effect] = [fx.SaveSwap(swap.number, None), fx.PublishSwap(document)]
         if swap.request is None:

@@ -88,8 +88,7 @@ REFUSAL = Reply(
     503,
     {
         "error": {
-            "message": "This server takes no requests at the moment, as its model is being put to sleep or exchanged: "
-            "try again in a few seconds.",
+            "message": "This model sleeps, or is about to: wake it (`bullpen wake`), or try again later.",
             "type": "service_unavailable",
             "param": None,
             "code": 503,

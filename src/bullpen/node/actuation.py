@@ -16,21 +16,20 @@ from typing import Any
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Instance, Memory, State
+from bullpen.core.instance import NO_CANARY, Instance, Memory, State
 from bullpen.engines.registry import ENGINES
 from bullpen.engines.weights import weight_files
 from bullpen.errors import BullpenError, StateError
 from bullpen.node.engine_control import EngineCallError, EngineControl
 from bullpen.node.gpus import wait_for_memory
 from bullpen.node.host_memory import tree_mib
+from bullpen.node.http import NoAnswerError
 from bullpen.node.prefetch import prefetch
 from bullpen.node.resources import Resources
 from bullpen.node.trees import Tree
 
 logger = logging.getLogger("bullpen")
 
-NO_CANARY = "none: "
-"""How a canary begins that could not be asked; what follows says why. It is not compared after a wake."""
 LAST_WORD_SECONDS = 0.5
 """How long a server that is about to be killed may take to send away those whom it holds."""
 LAST_WORD_TICK = 0.002
@@ -87,7 +86,8 @@ class Actuation:
             with suppress(EngineCallError):
                 await self._control.set_gate(instance, "open")
             raise
-        return ev.Drained(effect.id, effect.operation, left)
+        idle = (await self._control.activity(instance)).idle_seconds
+        return ev.Drained(effect.id, effect.operation, left, idle)
 
     async def send_away(self, instance: Instance) -> None:
         """Have a server that is about to be killed refuse those whom its gate holds: a 503 says more than a connection
@@ -102,7 +102,7 @@ class Actuation:
     async def _put_to_sleep(self, instance: Instance, effect: fx.PutToSleep) -> ev.Event:
         deepen = instance.state is State.SLEEPING
         canary = None
-        if instance.canary is None and not deepen:
+        if not instance.has_canary and not deepen:
             canary = await self._ask_canary(instance, effect.seconds)
         await self._control.sleep(instance, int(effect.depth), effect.seconds, deepen=deepen)
         return ev.Slept(effect.id, effect.operation, canary)
@@ -119,7 +119,7 @@ class Actuation:
     async def _wake_up(self, instance: Instance, effect: fx.WakeUp) -> ev.Event:
         await self._control.wake(instance, int(effect.depth), effect.seconds)
         before = instance.canary
-        if before is not None and not before.startswith(NO_CANARY):
+        if before is not None and instance.has_canary:
             answer = await self._control.canary(instance, effect.seconds)
             if not ENGINES[instance.config.engine].same_answer(before, answer):
                 raise EngineCallError(f"it does not answer as before its sleep: {answer[:80]!r}, not {before[:80]!r}")
@@ -171,10 +171,10 @@ class Actuation:
         return [process.pid for process in await self._resources.trees.members(tree)]
 
     async def _measure(self, instance: Instance, effect: fx.Measure) -> ev.Event:
-        attempt, depth = instance.attempt, instance.depth
+        moves, depth = instance.moves, instance.depth
         pids = set(await self._pids(instance))
         host = await asyncio.to_thread(tree_mib, pids)
-        return ev.Measured(effect.id, attempt, depth, Memory(await self._gpu_mib(instance, pids), host))
+        return ev.Measured(effect.id, moves, depth, Memory(await self._gpu_mib(instance, pids), host))
 
     async def _gpu_mib(self, instance: Instance, pids: set[int]) -> int | None:
         """What an instance holds on each of its accelerators, the most of them; None where nobody can tell."""
@@ -209,7 +209,7 @@ def failed(effect: Any, instance: Instance, problem: Exception) -> ev.Event | No
         case fx.Drain():
             return ev.EngineFailed(effect.id, effect.operation, sentence, touched=False)
         case fx.PutToSleep() | fx.WakeUp():
-            return ev.EngineFailed(effect.id, effect.operation, sentence, touched=True, verdict=True)
+            return ev.EngineFailed(effect.id, effect.operation, sentence, touched=True, verdict=not is_lost(problem))
         case fx.Inspect():
             return ev.Inspected(effect.id, effect.operation, None)
         case fx.AwaitMemory():
@@ -219,3 +219,9 @@ def failed(effect: Any, instance: Instance, problem: Exception) -> ev.Event | No
         case fx.AskActivity():
             return ev.Activity(effect.id, None, 0.0)
     return None
+
+
+def is_lost(problem: Exception) -> bool:
+    """Whether a server went away in the middle of a call, which says nothing about what it was told."""
+    cause = problem.__cause__
+    return isinstance(cause, NoAnswerError) and cause.__cause__ is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Instance
+from bullpen.core.instance import Instance, State
 from bullpen.node.executor import SWAPS, Executor
 from bullpen.node.journal import Journal
 from bullpen.node.trees import read_process
@@ -38,6 +38,8 @@ def adopt_all(saved: Iterable[Instance], journal: Journal, fleet: Fleet, executo
             logger.info("adopted %s (pid %s, %s)", instance.id, instance.pid, instance.state)
         elif pidfd is not None:
             os.close(pidfd)
+        elif instance.state is State.SLEEPING and instance.tree_gone:
+            logger.info("kept %s (asleep without a process)", instance.id)
         executor.carry_out(fleet.restore(instance, time.time(), alive=pidfd is not None))
     for swap, forget in executor.adopt_swaps(journal.fact(SWAPS, [])):
         executor.carry_out([*fleet.restore_swap(swap, time.time()), forget])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +30,10 @@ logger = logging.getLogger("bullpen")
 LEASE_ATTEMPTS = 3
 OOM_SCORE = 200
 """Instances go before the daemon and its zygotes when the kernel must choose."""
+
+SET_BY_THE_BOOK = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+"""Where an instance claims accelerators, its own values were checked to mean the same ones; ours are spelt as every
+engine reads them."""
 
 CreateEffect = fx.Check | fx.HoldPort | fx.Start
 """The steps of a create that may wait."""
@@ -114,7 +118,8 @@ class Creation:
             version=answer.get("version") or "",
             cannot_sleep=answer.get("sleep"),
             sleep_enabled=bool(answer.get("sleep_enabled")),
-            utilization=answer.get("utilization"),
+            utilization=utilization(answer, instance.config),
+            devices=answer.get("devices") or 1,
             pooling=bool(answer.get("pooling")),
             weights_mib=await asyncio.to_thread(weights_on_disk, answer["model"], instance.config),
             kv_mib=(answer.get("kv_bytes") or 0) >> 20 or None,
@@ -170,7 +175,11 @@ class Creation:
         assert handle.leased is not None and instance.served is not None and instance.address is not None
         engine = ENGINES[instance.config.engine]
         place = self._place(instance)
-        user = instance.config.env_vars or {}
+        user = {
+            name: value
+            for name, value in (instance.config.env_vars or {}).items()
+            if not instance.gpus or name not in SET_BY_THE_BOOK
+        }
         log = self._resources.logs.create(instance.key)
         handle.log_start = os.fstat(log).st_size
         try:
@@ -214,6 +223,13 @@ class Creation:
         if not self._resources.settings.mock_gpus or not instance.gpus:
             return {}
         return {"BULLPEN_MOCK_GPU_DIR": str(self._resources.state.mock_gpus)}
+
+
+def utilization(answer: Mapping[str, Any], config: Config) -> float | None:
+    """The share of each accelerator that a server will take: its options' word, else the share that it claims."""
+    given = answer.get("utilization_given", answer.get("utilization") is not None)
+    share: float | None = answer.get("utilization")
+    return share if given or config.gpu_share is None else config.gpu_share
 
 
 def weights_on_disk(model: str, config: Config) -> int | None:

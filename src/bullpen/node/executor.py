@@ -18,7 +18,7 @@ from typing import Any
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
 from bullpen.core.fleet import Fleet
-from bullpen.core.instance import Config, Instance, State
+from bullpen.core.instance import Config, Instance, Note, State
 from bullpen.core.public import public
 from bullpen.engines.base import Known
 from bullpen.engines.crash import CrashClass, Failure
@@ -65,6 +65,7 @@ class Executor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unsaved: set[str] = set()
         self._swaps: dict[int, Mapping[str, Any]] = {}
+        self._logged: dict[str, Note] = {}
         self._timers: dict[str, dict[str, asyncio.TimerHandle]] = {}
         self._creation = Creation(fleet, resources, self._handles, submit, self.follow_exit)
         self.actuation = Actuation(fleet, resources, submit)
@@ -321,9 +322,17 @@ class Executor:
         )
 
     def _publish_state(self, effect: fx.PublishState) -> None:
+        self._log_note(effect.instance)
         if self._resources.bus.watchers:
             document = {**self.describe(effect.instance), "revision": self._fleet.revision}
             self._resources.bus.publish_fine("STATE", document)
+
+    def _log_note(self, instance: Instance) -> None:
+        """Write the newest thing that was decided about an instance into the daemon's log, once."""
+        note = instance.notes[-1] if instance.notes else None
+        if note is not None and self._logged.get(instance.id) is not note:
+            self._logged[instance.id] = note
+            logger.info("%s: %s", instance.id, note.text)
 
     def _publish_swap(self, effect: fx.PublishSwap) -> None:
         document = {"revision": self._fleet.revision, **effect.document}
@@ -361,8 +370,14 @@ class Executor:
         return public(instance, word, self._fleet.roster.operation(instance.id), time.time())
 
     def _forget(self, effect: fx.Forget) -> None:
+        self._logged.pop(effect.id, None)
         self._handles.pop(effect.id, None)
         self._remove_files(effect.id, effect.key)
+
+    async def refresh_activity(self) -> None:
+        """Ask every ready server how busy it is; the outcomes are events."""
+        ready = [one.id for one in self._fleet.listed() if one.state is State.READY and one.tree_gone is False]
+        await asyncio.gather(*(self.actuation.step(fx.AskActivity(one)) for one in ready))
 
     def has_ended(self, instance_id: str) -> bool:
         """Whether the server process has ended, or there is none."""

@@ -50,6 +50,8 @@ PR_SET_CHILD_SUBREAPER = 36
 KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
 """Never inherited by an engine."""
 HOUSEKEEPING_SECONDS = 2.0
+REFRESH_SECONDS = 30.0
+"""How old the knowledge of who was used last may be; who is to go for another is asked anew."""
 ENDING = "this daemon is ending; ask again when it is back"
 THREADS = 4
 """For short work that would hold up the event loop: scans, kills, names. Each thread costs memory for good."""
@@ -75,6 +77,7 @@ class Supervisor:
         self._waiting: dict[int, asyncio.Future[fx.Reply]] = {}
         self._closing = False
         self._housekeeping: asyncio.Task[None] | None = None
+        self._refreshed = 0.0
         self._stopping: asyncio.Task[None] | None = None
         self.fleet: Fleet
         self.resources: Resources
@@ -325,6 +328,8 @@ class Supervisor:
             key=uuid.uuid4().hex if new else None,
             config=incoming if isinstance(incoming, Config) else None,
         )
+        if outgoing is None:
+            await self._executor.refresh_activity()
         reply = await self._ask(event)
         assert reply.instance is not None
         return reply.instance, reply.details
@@ -397,6 +402,9 @@ class Supervisor:
 
     async def _keep_house_once(self) -> None:
         self._executor.save_again()
+        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
+            await self._executor.refresh_activity()
         for instance in self.fleet.listed():
             self.resources.logs.enforce_cap(instance.key)
         if threading.current_thread() is threading.main_thread():

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
-from bullpen.web.models import EXAMPLE_CONFIG, EXAMPLE_INSTANCE, Instance, VllmConfig
+from bullpen.web.models import EXAMPLE_CONFIG, EXAMPLE_INSTANCE, Activity, Instance, VllmConfig
 
 LONGEST_DRAIN = 24 * 3600
 EXAMPLE_SWAP: JsonDict = {"in": "coder", "out": "auto", "drain": 10}
@@ -48,14 +48,17 @@ EXAMPLE_GPUS: JsonDict = {
 EXAMPLE_EXPLANATION: JsonDict = {
     "instance_id": "chat",
     "state": "sleeping",
-    "summary": "It is sleeping at level 1: goes to sleep (level 1): no request for 600 s.",
+    "summary": "It is sleeping at level 1. Last: fell asleep in 5.72 s (level 1): no request for 600 s.",
+    "activity": None,
     "waits_for": None,
     "next_step": {"to": "level_2", "in_seconds": 2400.0, "why": "unless a request comes: 3600 s without one"},
     "works": {
         "level_1": {"works": True, "why": "woke and answered as before", "at": "2026-11-20T09:20:00.000+00:00"},
         "level_2": None,
     },
-    "notes": [{"at": "2026-11-20T10:00:00.000+00:00", "text": "goes to sleep (level 1): no request for 600 s"}],
+    "notes": [
+        {"at": "2026-11-20T10:00:00.000+00:00", "text": "fell asleep in 5.72 s (level 1): no request for 600 s"},
+    ],
 }
 
 
@@ -187,7 +190,7 @@ class GpuReport(BaseModel):
 class NextStep(BaseModel):
     """The next step down the ladder, if nobody uses it."""
 
-    to: Literal["level_1", "level_2", "stopped"]
+    to: Literal["level_1", "level_2", "emulated", "stopped"]
     in_seconds: float
     why: str
 
@@ -222,6 +225,7 @@ class Explanation(BaseModel):
     instance_id: str
     state: str
     summary: str
+    activity: Activity | None = Field(description="what is being done with it")
     waits_for: str | None
     next_step: NextStep | None
     works: Verdicts

@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -30,7 +31,7 @@ def check_daemon(settings: Settings, url: str | None, access_key: str | None) ->
         return running
     return [
         *check_state_dir(settings.state_dir),
-        check_port(settings),
+        check_own_port(url) if url else check_port(settings),
         *running,
         *check_left_over(settings.state_dir),
     ]
@@ -76,13 +77,27 @@ def check_port(settings: Settings) -> Finding:
         return problem(subject, str(trouble), "choose another --host or --port")
     else:
         return ok(subject, "free")
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    try:
-        with BullpenClient(f"http://{host}:{settings.port}", timeout=ANSWER_SECONDS) as client:
-            client.health()
-    except ClientError:
+    if not is_bullpen(settings.host, settings.port):
         return problem(subject, f"taken by {owner}", "end that program, or choose another --port")
     return ok(subject, f"a Bullpen listens there ({owner})")
+
+
+def check_own_port(url: str) -> Finding:
+    """The port of a daemon on this host that has answered at a URL."""
+    parts = urlsplit(find(url).url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return ok(f"port {port}", f"a Bullpen listens there ({who_listens(port)})")
+
+
+def is_bullpen(host: str, port: int) -> bool:
+    """Whether a daemon answers at the address that a daemon was told to listen on."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    place = f"[{reached}]" if ":" in reached else reached
+    try:
+        with BullpenClient(f"http://{place}:{port}", timeout=ANSWER_SECONDS) as client:
+            return client.health().get("status") == "OK"
+    except ClientError:
+        return False
 
 
 def who_listens(port: int) -> str:

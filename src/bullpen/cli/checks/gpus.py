@@ -15,6 +15,7 @@ from bullpen.client import BullpenClient, ClientError, Gpu
 from bullpen.core import devices
 from bullpen.errors import StateError
 from bullpen.node.gpus import Driver
+from bullpen.node.mock_gpus import describe_mock
 from bullpen.node.nvml import Nvml
 from bullpen.node.settings import Settings
 
@@ -28,7 +29,7 @@ def check_gpus(
 ) -> list[Finding]:
     """All of it: as a daemon tells it, which knows whose processes are whose, else as the driver shows it."""
     told = ask_daemon(url, access_key)
-    if told is not None and (settings.mock_gpus or (url and not is_local(url))):
+    if told is not None and (settings.mock_gpus or any(map(is_mock, told)) or (url and not is_local(url))):
         return [*describe(told, END_IT), *check_fit(told, interpreter)]
     if settings.mock_gpus:
         return [ok(NAME, f"{settings.mock_gpu_count} mock ones, because the settings say so")]
@@ -108,9 +109,16 @@ def describe(gpus: Sequence[Gpu], advice: str) -> list[Finding]:
     return findings
 
 
+def is_mock(gpu: Gpu) -> bool:
+    """Whether a daemon only pretends to have this GPU."""
+    return gpu.name == describe_mock(gpu.index).name
+
+
 def check_fit(gpus: Sequence[Gpu], interpreter: Interpreter | None) -> list[Finding]:
     """Are there GPUs, and is this vLLM built for them?"""
     platform = interpreter.platform if interpreter is not None else None
+    if gpus and all(map(is_mock, gpus)):
+        return []
     if gpus and platform == "cpu":
         return [warning(NAME, "not used: this vLLM is built for the CPU", "install vLLM for CUDA")]
     if gpus:
