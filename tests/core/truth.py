@@ -199,7 +199,7 @@ def _is_awake_or_coming(world: World, instance: Instance) -> bool:
     if operation is None:
         asleep = instance.depth in SLEEP_LEVELS and instance.state not in ENDED
         return (not instance.tree_gone or living) and not asleep
-    ending = operation.stage is Stage.ENDING and instance.depth in SLEEP_LEVELS
+    ending = operation.depth is Depth.STOPPED and instance.depth in SLEEP_LEVELS
     return not ending or operation.doing is not Doing.SLEEP
 
 
