@@ -73,9 +73,17 @@ class Running:
             code = self._run()
         except KeyboardInterrupt:
             code = self._interrupted()
+            self._print_last()
+            # Ctrl-C may have come anywhere, within a lock too: what is left to tidy up could wait for ever.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        self._print_last()
+        return code
+
+    def _print_last(self) -> None:
         if self._json and self._last:
             print_json(self._last)
-        return code
 
     def _run(self) -> int:
         display = StartDisplay(self._console, self._request.instance_id or words.name_for(self._request.model, ()))

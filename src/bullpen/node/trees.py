@@ -285,17 +285,19 @@ class Trees:
         Only for a process that has no children but ``ours`` and those of its own session, which are left alone.
         """
         own_session = os.getsid(0)
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if found is None or found.si_pid in ours:
-                return
-            process = read_process(found.si_pid)
-            if process is None or process.session == own_session:
-                return
-            reap(found.si_pid)
+        for pid in children():
+            process = None if pid in ours else read_process(pid)
+            if process is not None and process.is_dead and process.session != own_session:
+                reap(pid)
+
+
+def children() -> list[int]:
+    """The children of this process, of all its threads."""
+    found: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread may have ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def kill_process(process: Process) -> None:
