@@ -13,7 +13,7 @@ from bullpen.engines.phases import Phase, PhaseReader, PhaseSeen, overall
 SAMPLES = Path(__file__).parent / "samples"
 HEADER = b"(EngineCore pid=7) INFO 11-20 22:51:01 [core.py:402] "
 
-CONFIGURATION, DOWNLOAD, WEIGHTS, COMPILATION, KV_CACHE, WARMUP, TOKENIZER, BIND, READY = Phase
+CONFIGURATION, DOWNLOAD, WEIGHTS, COMPILATION, KV_CACHE, WARMUP, GRAPHS, TOKENIZER, BIND, READY = Phase
 
 
 def read(log: bytes) -> list[PhaseSeen]:
@@ -49,7 +49,8 @@ LOADED = ((WEIGHTS, None), (WEIGHTS, 0.0), (WEIGHTS, 1.0))
                 (COMPILATION, None),
                 (KV_CACHE, None),
                 (WARMUP, None),
-                *END[1:],
+                (GRAPHS, None),
+                *END[2:],
             ),
         ),
         ("no_cache_blocks", steps((CONFIGURATION, None), *LOADED, (KV_CACHE, None))),
@@ -142,7 +143,7 @@ def test_a_second_model_does_not_turn_the_bar_back() -> None:
 def test_graphs_captured_for_measuring_belong_to_the_cache() -> None:
     capture = b"\rCapturing CUDA graphs (FULL):  50%|#####     | 1/2 [00:00<00:00]\n"
     size = HEADER + b"GPU KV cache size: 131,072 tokens, Maximum concurrency\n"
-    assert read(capture + size + capture) == steps((KV_CACHE, None), (WARMUP, None))
+    assert read(capture + size + capture) == steps((KV_CACHE, None), (GRAPHS, None))
 
 
 def test_headers_of_every_make() -> None:

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bullpen.client import Instance, Readiness, ZygoteState
 
-PHASES: Mapping[str, str] = {"start": "process", "kv_cache": "KV cache", "warmup": "warm-up"}
+PHASES: Mapping[str, str] = {
+    "start": "process",
+    "kv_cache": "KV cache",
+    "graph_capture": "graph capture",
+    "warmup": "warm-up",
+}
 """What phases are called where that is not their own name."""
 COLOURS: Mapping[str, str] = {
     "ready": "green",

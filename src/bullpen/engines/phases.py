@@ -18,8 +18,8 @@ class Phase(StrEnum):
     """What a starting server is doing, in the order in which it happens.
 
     `download` is begun by a model that is named and not a folder: vLLM silences the Hub's progress bars while it
-    looks for the files and fetches those that are missing. `warmup` takes in the capture of CUDA graphs, `tokenizer`
-    all that the API server does before it has an address. `ready` is what the log says; the server's own health check
+    looks for the files and fetches those that are missing. `graph_capture` is that of CUDA graphs, `tokenizer` is all
+    that the API server does before it has an address. `ready` is what the log says; the server's own health check
     decides.
     """
 
@@ -29,6 +29,7 @@ class Phase(StrEnum):
     COMPILATION = "compilation"
     KV_CACHE = "kv_cache"
     WARMUP = "warmup"
+    GRAPH_CAPTURE = "graph_capture"
     TOKENIZER = "tokenizer"
     BIND = "bind"
     READY = "ready"
@@ -45,6 +46,7 @@ _BEGINS = {
     Phase.COMPILATION: 0.6,
     Phase.KV_CACHE: 0.75,
     Phase.WARMUP: 0.8,
+    Phase.GRAPH_CAPTURE: 0.85,
     Phase.TOKENIZER: 0.95,
     Phase.BIND: 0.97,
     Phase.READY: 1.0,
@@ -149,7 +151,7 @@ class PhaseReader:
 
     def _capture(self, match: re.Match[str]) -> PhaseSeen:
         # Some graphs are captured twice, first to learn how much memory they will leave to the KV cache.
-        return PhaseSeen(Phase.WARMUP if self._cache_made else Phase.KV_CACHE, None)
+        return PhaseSeen(Phase.GRAPH_CAPTURE if self._cache_made else Phase.KV_CACHE, None)
 
 
 def _is_named(model: str) -> bool:
