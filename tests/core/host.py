@@ -61,6 +61,7 @@ class Wish:
     sleep: str | None = None
     ladder: Ladder = field(default_factory=Ladder)
     warm_up: bool = False
+    at_once: bool = False
     model: Model = MODELS[0]
 
     def served(self) -> Served:
@@ -164,7 +165,9 @@ class Request:
 def known(instance: Instance) -> str:
     """What a watcher must have heard of an instance: that it is there, or that its server has ended."""
     begun = instance.attempt == 1 or "start" in instance.phase_started
-    return "CREATED" if begun and (instance.running or instance.state is State.STOPPING) else "STOPPED"
+    lives = instance.running or instance.state is State.STOPPING
+    is_on_its_way = instance.state is State.STARTING and instance.ended_at is None
+    return "CREATED" if begun and (lives or is_on_its_way) else "STOPPED"
 
 
 def configuration(wish: Wish) -> Config:

@@ -89,9 +89,14 @@ class Scenario:
         self._requests += 1
         return self.tell(ev.Create(self._requests, instance_id, f"key-{self._requests}", config(gpus, **fields)))
 
-    def stop(self, instance_id: str = "a", timeout: float = 10.0) -> list[fx.Effect]:
+    def create_at_once(self, instance_id: str = "a", gpus: Sequence[str] | None = None) -> list[fx.Effect]:
         self._requests += 1
-        return self.tell(ev.Stop(self._requests, instance_id, timeout))
+        event = ev.Create(self._requests, instance_id, f"key-{self._requests}", config(gpus), at_once=True)
+        return self.tell(event)
+
+    def stop(self, instance_id: str = "a", timeout: float = 10.0, *, keep: bool = False) -> list[fx.Effect]:
+        self._requests += 1
+        return self.tell(ev.Stop(self._requests, instance_id, timeout, keep=keep))
 
     def sleep(self, instance_id: str = "a", depth: Depth | None = None, refuse: bool = False) -> list[fx.Effect]:
         self._requests += 1

@@ -27,7 +27,7 @@ CONFIGS = st.builds(
 NUMBERS = st.integers(1, 6)
 DEPTHS = st.sampled_from([None, Depth.LEVEL_1, Depth.LEVEL_2])
 STARTS = [
-    st.builds(ev.Create, st.just(0), IDS, st.just("key"), CONFIGS),
+    st.builds(ev.Create, st.just(0), IDS, st.just("key"), CONFIGS, st.booleans()),
     st.builds(ev.Checked, IDS, st.builds(served, PORTS), st.just(100), st.just(7), st.just("fork")),
     st.builds(ev.PortReady, IDS, st.sampled_from([8000, 8001])),
     st.builds(ev.Refused, IDS, st.just(LaunchError("no"))),
@@ -41,7 +41,7 @@ ENDS = [
     st.builds(ev.Exited, IDS, st.sampled_from([0, 1, -9, None]), st.just(CRASH)),
     st.builds(ev.TreeGone, IDS),
     st.builds(ev.TreeStuck, IDS, st.just("100 (python, state D)")),
-    st.builds(ev.Stop, st.just(0), IDS, st.sampled_from([0.0, 10.0])),
+    st.builds(ev.Stop, st.just(0), IDS, st.sampled_from([0.0, 10.0]), st.booleans()),
     st.builds(ev.TimerFired, IDS, st.sampled_from(["start", "stop", "operation", "idle"])),
 ]
 SLEEPS = [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bullpen.core import effects as fx
 from bullpen.core.instance import State
 from bullpen.engines.crash import CrashClass
-from bullpen.errors import NotFoundError, StuckError
-from tests.core.scenario import Scenario, kinds
+from bullpen.errors import ConflictError, EngineError, InvalidRequestError, LaunchError, NotFoundError, StuckError
+from tests.core.scenario import Scenario, config, kinds
 
 
 def test_stop_of_a_server_that_obeys() -> None:
@@ -185,3 +187,151 @@ def test_kill_that_was_not_asked_for_has_no_outcome() -> None:
     scene.tree_stuck()
     assert scene.tree_gone() == scene.tree_stuck() == []
     assert scene.fleet.gpu_owner("GPU-0") == "a"
+
+
+# -- a stop after which it is still listed ---------------------------------------------------------------------
+
+
+def test_kept_stop_of_a_server_that_obeys() -> None:
+    scene = Scenario()
+    instance = scene.reach(State.READY, gpus=["GPU-0"])
+    assert kinds(scene.stop(keep=True)) == ["ClearTimers", "Save", "PublishState", "Terminate", "SetTimer"]
+    scene.exited(0)
+    assert scene.tree_gone() == [
+        fx.Save("a"),
+        fx.Publish("STOPPED", instance),
+        fx.PublishState(instance),
+        fx.Reply(2, instance, "terminated"),
+    ]
+    assert (instance.state, instance.exit_code, instance.error) == (State.STOPPED, 0, None)
+    assert scene.fleet.listed() == [instance]
+    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.notes()[-1] == "was asked to stop"
+    assert kinds(scene.stop()) == ["ClearTimers", "DELETED", "Forget", "Reply"]
+
+
+@pytest.mark.parametrize("state", [State.STOPPED, State.FAILED])
+def test_kept_stop_of_one_that_has_ended_changes_nothing(state: State) -> None:
+    scene = Scenario()
+    instance = scene.reach(state)
+    before = (instance.state, instance.error, instance.ended_at, list(instance.notes))
+    assert scene.stop(keep=True) == [fx.Save("a"), fx.Reply(2, instance, "not_running")]
+    assert (instance.state, instance.error, instance.ended_at, list(instance.notes)) == before
+    assert scene.published()[-1] == ("STOPPED", "a")
+
+
+def test_kept_stop_of_one_that_sleeps_without_a_process() -> None:
+    scene = Scenario()
+    instance = scene.reach(State.READY, sleep="emulate")
+    scene.sleep()
+    scene.drained()
+    scene.exited(0)
+    scene.tree_gone()
+    published = scene.published()
+    assert kinds(scene.stop(keep=True)) == ["ClearTimers", "Save", "PublishState", "Save", "Reply"]
+    assert instance.state is State.STOPPED
+    assert scene.published() == published, "its end was told when it went to sleep"
+
+
+def test_removal_overrules_a_kept_stop_and_not_the_other_way_round() -> None:
+    for first, second in ((True, False), (False, True)):
+        scene = Scenario()
+        scene.reach(State.READY)
+        scene.stop(keep=first)
+        scene.stop(keep=second)
+        scene.exited(0)
+        assert kinds(scene.tree_gone()) == ["ClearTimers", "DELETED", "Forget", "Reply", "Reply"]
+        assert scene.fleet.instances == {}
+
+
+def test_kept_stop_that_gets_stuck_is_tried_again() -> None:
+    scene = Scenario()
+    instance = scene.reach(State.READY)
+    scene.stop(keep=True)
+    scene.timer("stop")
+    scene.tree_stuck()
+    assert isinstance(scene.error(), StuckError)
+    assert scene.stop(keep=True) == [fx.KillTree("a")]
+    scene.exited(-9)
+    assert kinds(scene.tree_gone()) == ["Save", "PublishState", "Reply"]
+    assert scene.fleet.listed() == [instance]
+    assert instance.state is State.FAILED
+
+
+def test_kept_stop_outlives_the_daemon() -> None:
+    before = Scenario()
+    before.reach(State.READY)
+    before.stop(keep=True)
+    scene = Scenario(revision=1)
+    assert scene.restore(replace(before.instance())) == [fx.KillTree("a")]
+    scene.exited(-9)
+    assert kinds(scene.tree_gone()) == ["Save", "STOPPED", "PublishState"]
+    assert scene.instance().state is State.STOPPED
+
+
+def test_kept_stop_before_there_is_a_process() -> None:
+    scene = Scenario()
+    scene.create_at_once(gpus=["GPU-0"])
+    instance = scene.instance()
+    assert kinds(scene.stop(keep=True)) == ["ClearTimers", "LetGo", "Save", "STOPPED", "PublishState", "Reply"]
+    assert (instance.state, instance.pid, instance.running) == (State.STOPPED, None, False)
+    assert scene.checked() == [], "what comes too late changes nothing"
+    assert scene.fleet.gpu_owner("GPU-0") is None
+
+
+def test_no_swap_brings_back_what_was_to_stay_stopped() -> None:
+    scene = Scenario()
+    instance = scene.ready()
+    scene.swap("b", ("a",), new=config(["GPU-0"]))
+    scene.checked("b")
+    scene.port_ready("b")
+    scene.drained()
+    scene.slept()
+    scene.measured(1_500, 20_000)
+    scene.memory_free("b")
+    scene.started("b")
+    scene.stop(keep=True)
+    scene.exited(0)
+    scene.tree_gone()
+    assert instance.state is State.STOPPED
+    scene.exited(1, "b")
+    scene.tree_gone("b")
+    assert isinstance(scene.error(2), EngineError | LaunchError)
+    assert instance.state is State.STOPPED
+
+
+# -- one that is listed at once --------------------------------------------------------------------------------
+
+
+def test_create_that_is_listed_at_once() -> None:
+    scene = Scenario()
+    effects = scene.create_at_once(gpus=["GPU-0"])
+    instance = scene.instance()
+    assert effects == [
+        fx.Save("a"),
+        fx.Publish("CREATED", instance),
+        fx.Reply(1, instance, "started"),
+        fx.Check("a"),
+    ]
+    assert scene.fleet.listed() == [instance]
+    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    scene.create_at_once("b", gpus=["GPU-0"])
+    assert isinstance(scene.error(), ConflictError)
+    scene.checked()
+    scene.port_ready()
+    scene.started()
+    scene.answered()
+    assert instance.state is State.READY
+    assert scene.published() == [("CREATED", "a")]
+
+
+def test_options_that_are_refused_after_that_make_it_fail() -> None:
+    scene = Scenario()
+    scene.create_at_once(gpus=["GPU-0"])
+    instance = scene.instance()
+    scene.refused(InvalidRequestError("--frobnicate is no option"))
+    assert instance.state is State.FAILED
+    assert instance.error is not None
+    assert instance.error.message == "--frobnicate is no option"
+    assert scene.published() == [("CREATED", "a"), ("STOPPED", "a")]
+    assert scene.fleet.gpu_owner("GPU-0") is None

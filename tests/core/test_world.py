@@ -58,6 +58,7 @@ WISHES = st.builds(
     sleep=st.sampled_from([None, None, "engine", "emulate", "off"]),
     ladder=LADDERS,
     warm_up=st.sampled_from([False, False, True]),
+    at_once=st.sampled_from([False, False, True]),
     model=st.sampled_from(MODELS),
 )
 PLACE = st.integers(0, 5)
@@ -111,9 +112,9 @@ class AnythingHappens(RuleBasedStateMachine):
 
         self.happens(steps)
 
-    @rule(instance_id=IDS, timeout=st.sampled_from([0.0, 5.0, 10.0, 600.0]))
-    def stop(self, instance_id: str, timeout: float) -> None:
-        self.happens(lambda: self.world.stop(instance_id, timeout))
+    @rule(instance_id=IDS, timeout=st.sampled_from([0.0, 5.0, 10.0, 600.0]), keep=st.booleans())
+    def stop(self, instance_id: str, timeout: float, keep: bool) -> None:
+        self.happens(lambda: self.world.stop(instance_id, timeout, keep=keep))
 
     @rule(instance_id=IDS, depth=DEPTHS, refuse=st.booleans())
     def sleep(self, instance_id: str, depth: Depth | None, refuse: bool) -> None:

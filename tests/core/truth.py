@@ -227,6 +227,11 @@ def check_reply(world: World, reply: fx.Reply, request: Request) -> None:
         assert world.fleet.instances.get(request.id) is not instance
         assert not any(tree.alive for tree in trees), "a stop was answered and the tree lives"
         return
+    if request.kind == "end":
+        assert not any(tree.alive for tree in trees), "a stop was answered and the tree lives"
+        stays = world.fleet.instances.get(request.id) is instance
+        assert not stays or (instance.state in ENDED and instance.tree_gone)
+        return
     assert world.fleet.get(request.id) is instance
     if request.kind == "create":
         assert reply.status == "started"
@@ -244,7 +249,7 @@ def _check_refusal(world: World, number: int, error: BullpenError, request: Requ
     if request.kind == "create":
         living = any(tree.key == f"key-{number}" and tree.alive for tree in world.trees)
         assert not living or world.fleet.get(request.id).key == f"key-{number}"
-    if request.kind == "stop":
+    if request.kind in ("stop", "end"):
         assert isinstance(error, StuckError if request.exists else NotFoundError)
     if request.kind in ("sleep", "wake", "swap") and not request.exists and isinstance(error, NotFoundError):
         assert f"'{request.id}'" in str(error) or request.kind == "swap"

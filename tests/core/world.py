@@ -94,12 +94,12 @@ class World:
 
     def create(self, instance_id: str, wish: Wish) -> int:
         key = self._ask("create", instance_id, wish)
-        self.submit(ev.Create(self._numbers, instance_id, key, configuration(wish)))
+        self.submit(ev.Create(self._numbers, instance_id, key, configuration(wish), at_once=wish.at_once))
         return self._numbers
 
-    def stop(self, instance_id: str, timeout: float = 10.0) -> int:
-        self._ask("stop", instance_id)
-        self.submit(ev.Stop(self._numbers, instance_id, timeout))
+    def stop(self, instance_id: str, timeout: float = 10.0, *, keep: bool = False) -> int:
+        self._ask("end" if keep else "stop", instance_id)
+        self.submit(ev.Stop(self._numbers, instance_id, timeout, keep=keep))
         return self._numbers
 
     def sleep(self, instance_id: str, depth: Depth | None = None, *, refuse: bool = False) -> int:

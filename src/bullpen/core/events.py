@@ -14,12 +14,16 @@ NOBODY = 0
 
 @dataclass(frozen=True)
 class Create:
-    """Somebody asks for an instance; ``request`` is what the answer will name, ``key`` names its files."""
+    """Somebody asks for an instance; ``request`` is what the answer will name, ``key`` names its files.
+
+    ``at_once``: it is listed and answered before its options are checked; what is wrong with those makes it fail.
+    """
 
     request: int
     id: str
     key: str
     config: Config
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,14 @@ class TreeStuck:
 class Stop:
     """Somebody asks to stop and remove an instance; ``timeout``: seconds from SIGTERM to SIGKILL.
 
-    A second one may bring the SIGKILL forward. One that comes before the instance is listed ends the create.
+    A second one may bring the SIGKILL forward. One that comes before the instance is listed ends the create. With
+    ``keep`` the instance stays listed, as one that has ended, with its log; a removal overrules that.
     """
 
     request: int
     id: str
     timeout: float
+    keep: bool = False
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,8 @@ class Fleet:
             pending.stops.append((event.request, "terminated"))
             deleted = ConflictError(f"instance {event.id!r} was deleted before it had started")
             return [] if pending.killing else self._launching.fail(instance, deleted, now)
-        return self._stopping.stop(event, now)
+        left = self._swapping.leave_stopped(event.id) if event.keep else []
+        return [*left, *self._stopping.stop(event, now)]
 
     # -- time --------------------------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ class Config:
             what it claims: an instance that claims accelerators may sleep where its engine can.
         annotations: opaque to Bullpen.
         engine: the engine that runs it.
-        face: the API that made it, ``v1`` or ``v2``.
+        face: the API that made it, ``v1``, ``v2`` or ``launch``.
     """
 
     options: str
@@ -212,7 +212,8 @@ class Instance:
         gpus: UUIDs of the accelerators that are its own, awake or asleep.
         can_sleep: whether its server was started so that it can sleep.
         depth: how deep it sleeps.
-        heading: the depth that it is on its way to, while its engine is being told.
+        heading: the depth that it is on its way to, while its engine is being told; ``STOPPED`` of one that is being
+            stopped to stay.
         canary: what it answered to the canary before its first sleep.
         memory: by depth, what it was measured to hold.
         last_used: the last time at which it was seen to answer a request, or became ready.

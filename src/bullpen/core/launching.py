@@ -1,7 +1,8 @@
 """How an instance comes to be ready: a create, a start after an emulated sleep, a restart. One way for all.
 
 ``Check`` the options in a leased process → hold a port → wait for its turn and for memory → save → ``Start`` → watch →
-ready. Until a create's process has become the server it is not listed, and whatever goes wrong is its answer.
+ready. Until a create's process has become the server it is not listed, and whatever goes wrong is its answer; but
+where it is to be listed at once, that makes it fail.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Launching:
         roster.instances[event.id] = instance
         roster.pending[event.id] = Pending(awaits=ev.Checked, create=event.request)
         roster.begin(instance, Doing.START, Stage.PREPARING, now, depth=Depth.AWAKE, reason="created", swap=swap)
-        return [fx.Check(event.id)]
+        return [*(self._list(instance) if event.at_once else []), fx.Check(event.id)]
 
     def taken(self, instance_id: str) -> ConflictError | None:
         """Why nobody can be created under an id; None where it is free."""

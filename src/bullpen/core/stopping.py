@@ -1,7 +1,7 @@
 """How an instance ends: asked to, by itself, or to make room; and what is left of it.
 
-SIGTERM → exit, or SIGKILL at the deadline → no process left → removed, answered. Where the instance is to stay, what
-follows that stands in its `Pending.after`.
+SIGTERM → exit, or SIGKILL at the deadline → no process left → removed, or kept where that was asked for; answered.
+Where the instance is to go on after that, what follows stands in its `Pending.after`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Stopping:
     # -- asked to ----------------------------------------------------------------------------------------------
 
     def stop(self, event: ev.Stop, now: float) -> list[fx.Effect]:
-        """Stop and remove a listed instance whose start is decided."""
+        """Stop a listed instance, and remove it unless it is to be kept."""
         instance = self._roster.instances.get(event.id)
         if instance is None:
             return [fx.Reply(event.request, error=NotFoundError(f"no instance {event.id!r}"))]
         pending = self._roster.pending[event.id]
-        over = instance.ended_at is not None and (instance.state in ENDED or instance.state is State.SLEEPING)
+        told = instance.ended_at is not None and instance.state is not State.STOPPING
+        over = told and (instance.state in ENDED or instance.state is State.SLEEPING)
+        keep = event.keep and not self._removes(instance)
         pending.stops.append((event.request, NOT_RUNNING if over else TERMINATED))
         pending.after = None
         operation = pending.operation
@@ -44,16 +46,38 @@ class Stopping:
             operation.requests, operation.wakers = operation.requests + operation.wakers, []
             if operation.is_half_told:
                 instance.depth = Depth.AWAKE  # nobody will hear how far its engine has come
-        deleted = ConflictError(f"instance {event.id!r} was deleted meanwhile")
+        deleted = ConflictError(f"instance {event.id!r} was {'stopped' if keep else 'deleted'} meanwhile")
         answers = self._roster.finish(instance, "", deleted)
         pending.awaits = None
         if instance.tree_gone and not instance.ended_at:
             answers = [fx.LetGo(event.id), *answers]
+        instance.heading = Depth.STOPPED if keep else None
+        if keep:
+            answers = [*self._keep(instance, now), *answers]
         if instance.tree_gone:
-            return [*answers, *self._remove(instance)]
+            return [*answers, *(self._stay(instance) if keep else self._remove(instance))]
         if instance.state in ENDED:
             return [*answers, *self.kill(instance)]
         return [*answers, *self._terminate(instance, event.timeout, now)]
+
+    def _removes(self, instance: Instance) -> bool:
+        """Whether an instance is being stopped and will be removed."""
+        if instance.heading is Depth.STOPPED:
+            return False
+        begun = instance.state is State.STOPPING and instance.error is None
+        return begun or bool(self._roster.pending[instance.id].stops)
+
+    def _keep(self, instance: Instance, now: float) -> list[fx.Effect]:
+        """Begin a stop after which an instance is still listed."""
+        if instance.state not in (*ENDED, State.STOPPING):
+            instance.note(now, "was asked to stop")
+        if instance.tree_gone and not instance.ended_at:
+            instance.ended_at, instance.pid = now, None
+            return [fx.ClearTimers(instance.id)]
+        if instance.ended_at and instance.state not in (*ENDED, State.STOPPING):
+            instance.enter(State.STOPPED)  # every watcher knows that its process has ended
+            return [fx.ClearTimers(instance.id), fx.Save(instance.id), fx.PublishState(instance)]
+        return []
 
     def _terminate(self, instance: Instance, timeout: float, now: float) -> list[fx.Effect]:
         # vLLM does not heed SIGTERM until it has started, and one that sleeps has nothing to finish.
@@ -90,12 +114,13 @@ class Stopping:
             return self._roster.publish("STOPPED", instance)
         effects: list[fx.Effect] = [fx.ClearTimers(event.id)]
         if instance.state is not State.STOPPING:
+            answers: list[fx.Effect] = []
             if instance.state not in ENDED:  # one that could not be stopped has failed already, and says why
                 instance.error = event.failure
                 # An exit that nobody saw counts as an end, not as a failure: a clean one looks the same.
                 instance.enter(State.STOPPED if event.code in (0, None) else State.FAILED)
-            effects += [*self._roster.publish("STOPPED", instance), fx.PublishState(instance)]
-            effects += self._roster.finish(instance, "", LaunchError(why_ended(instance)))
+                answers = self._roster.finish(instance, "", LaunchError(why_ended(instance)))
+            effects += [*self._roster.publish("STOPPED", instance), fx.PublishState(instance), *answers]
         return [*effects, *self.kill(instance)]
 
     def kill(self, instance: Instance, after: After | None = None) -> list[fx.Effect]:
@@ -118,18 +143,24 @@ class Stopping:
         if not instance.listed:
             self._roster.release_port(instance)
             return [fx.Forget(instance.id, instance.key), *self._roster.drop(instance)]
-        if self._roster.pending[instance.id].stops or (instance.state is State.STOPPING and instance.error is None):
-            return self._remove(instance)
+        return self._remove(instance) if self._removes(instance) else self._stay(instance)
+
+    def _stay(self, instance: Instance) -> list[fx.Effect]:
+        """What is left of an instance that has ended and is not to be removed."""
         self._roster.release_port(instance)
-        if instance.state is State.STOPPING:
-            instance.enter(State.FAILED)
-            instance.depth = Depth.STOPPED
-            return [*self._roster.publish("STOPPED", instance), fx.PublishState(instance)]
-        instance.depth = Depth.STOPPED
+        instance.depth, instance.heading = Depth.STOPPED, None
+        pending = self._roster.pending[instance.id]
+        answers = [fx.Reply(request, instance, word) for request, word in pending.stops]
+        pending.stops = []
+        if instance.state not in ENDED:
+            instance.phase = None
+            instance.enter(State.STOPPED if instance.error is None else State.FAILED)
+            told = self._roster.publish("STOPPED", instance)
+            return [*told, fx.PublishState(instance), *answers]
         if instance.error is None or instance.error.kind is not CrashClass.STUCK:
-            return [fx.Save(instance.id)]
+            return [fx.Save(instance.id), *answers]
         instance.error = Failure(CrashClass.STUCK, "its processes outlived SIGKILL for a while; they are gone now")
-        return [fx.Save(instance.id), fx.PublishState(instance)]
+        return [fx.Save(instance.id), fx.PublishState(instance), *answers]
 
     def _remove(self, instance: Instance) -> list[fx.Effect]:
         replies = self._roster.drop(instance)

@@ -349,6 +349,15 @@ class Swapping:
         effects, waiting = self._wake_again(swap, now)
         return effects if waiting else [*effects, *self._finish_back(swap, now)]
 
+    def leave_stopped(self, instance_id: str) -> list[fx.Effect]:
+        """Somebody asks an instance to stop and stay so: no swap brings it back."""
+        effects: list[fx.Effect] = []
+        for swap in self.swaps.values():
+            if instance_id in swap.outgoing:
+                swap.outgoing = tuple(one for one in swap.outgoing if one != instance_id)
+                effects.append(self._saved(swap))
+        return effects
+
     def _fits(self, swap: SwapState) -> bool:
         """Whether what came in may stay beside all that is to come back."""
         book = self._roster.book()

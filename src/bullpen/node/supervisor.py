@@ -208,8 +208,14 @@ class Supervisor:
         """
         await self._executor.check(config)
 
-    async def create(self, config: Config, instance_id: str | None = None) -> Instance:
+    async def create(self, config: Config, instance_id: str | None = None, *, at_once: bool = False) -> Instance:
         """Create an instance; it has been started, and is seen by watchers, when this returns.
+
+        Args:
+            config: what to run.
+            instance_id: its id; one of Bullpen's choice where None.
+            at_once: return as soon as the id and the GPUs are its own. It is seen from then on, and fails where
+                something else is wrong.
 
         Raises:
             InvalidRequestError: the id, or the options by the engine's own word, can never work.
@@ -218,7 +224,9 @@ class Supervisor:
         """
         instance_id = str(uuid.uuid4()) if instance_id is None else request.check_id(instance_id)
         self._refuse_if_closing()
-        return await self._ask_of(ev.Create(next(self._requests), instance_id, uuid.uuid4().hex, config))
+        return await self._ask_of(
+            ev.Create(next(self._requests), instance_id, uuid.uuid4().hex, config, at_once=at_once)
+        )
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
@@ -242,6 +250,19 @@ class Supervisor:
         reply = await self._ask(ev.Stop(next(self._requests), instance_id, seconds))
         assert reply.instance is not None
         return reply.instance, reply.status
+
+    async def end(self, instance_id: str, timeout: float) -> Instance:
+        """Stop an instance that stays listed, with its log; no process of it lives when this returns.
+
+        Args:
+            instance_id: which one; one that has ended stays as it is.
+            timeout: seconds from SIGTERM to SIGKILL.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            StuckError: processes outlive SIGKILL.
+        """
+        return await self._ask_of(ev.Stop(next(self._requests), instance_id, timeout, keep=True))
 
     async def stop_all(self, timeout: float | None = None) -> list[tuple[Instance, str]]:
         """Stop and remove all instances, side by side; one that another caller removes meanwhile is left out.

@@ -31,7 +31,8 @@ PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip"
 LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "localhost.localdomain"})
 
 UNAUTHORIZED = (
-    "this daemon needs its access key: send `Authorization: Bearer KEY`, or HTTP Basic with the key as password"
+    "this daemon needs its access key: send `Authorization: Bearer KEY`, `X-API-Key: KEY`, or HTTP Basic with the key"
+    " as password"
 )
 REMOTE = (
     "this daemon has no access key and answers callers on its own host alone; set BULLPEN_ACCESS_KEY for it, or start"
@@ -70,7 +71,8 @@ class Access:
         """Why a request is not served: status and sentence."""
         headers = Headers(scope=scope)
         if self._key is not None:
-            return None if has_key(headers.get("authorization", ""), self._key) else (401, UNAUTHORIZED)
+            given = has_key(headers.get("authorization", ""), self._key)
+            return None if given or is_key(headers.get("x-api-key", ""), self._key) else (401, UNAUTHORIZED)
         if self._open:
             return None
         # A proxy on this host speaks for whoever it names, or hides.
@@ -103,6 +105,11 @@ def has_key(authorization: str, key: bytes) -> bool:
     elif scheme.lower() != "bearer":
         given = b""
     return hmac.compare_digest(given, key)
+
+
+def is_key(value: str, key: bytes) -> bool:
+    """Whether a header's value is the key; in constant time."""
+    return hmac.compare_digest(value.strip().encode("latin-1", "replace"), key)
 
 
 def is_loopback(host: str) -> bool:

@@ -15,9 +15,11 @@ from fastapi import FastAPI
 
 from bullpen import __version__
 from bullpen.errors import LaunchError
+from bullpen.node.host_stats import HostStats
+from bullpen.node.launches import Launches
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
-from bullpen.web import access, errors, sleep, swap, system, v1, v2
+from bullpen.web import access, errors, launches, sleep, swap, system, v1, v2
 
 logger = logging.getLogger("bullpen")
 
@@ -43,6 +45,8 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         if supervisor is None:
             await serving.start()
         app.state.supervisor = serving
+        app.state.launches = Launches(serving)
+        app.state.host_stats = HostStats(serving.resources)
         warm = asyncio.ensure_future(announce_warm(serving))
         try:
             with ending_streams_on_signal(serving):
@@ -64,7 +68,7 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    for face in (system, v2, sleep, swap, v1):
+    for face in (system, v2, sleep, swap, launches, v1):
         app.include_router(face.router)
     errors.install(app)
     app.add_middleware(access.Access, key=settings.access_key, allow_unauthenticated=settings.allow_unauthenticated)

@@ -1,0 +1,90 @@
+"""Why a call is not answered: the code and the sentence that its caller gets."""
+
+from __future__ import annotations
+
+import grpc
+
+from bullpen.errors import BullpenError
+from bullpen.rpc.ports import Launches, Served, Task
+from bullpen.rpc.upstream import LostError, RefusedError
+
+LONGEST_DETAILS = 2000
+"""In bytes. All that goes with a status must fit in 16 KiB, where a byte may take three."""
+
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class CallError(BullpenError):
+    """A call ends with this status; the text is short enough for it."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(shorten(text))
+        self.code = code
+
+
+def shorten(text: str) -> str:
+    """A text on one line, without a traceback's frames, and no longer than a status can carry."""
+    lines = text.strip().splitlines()
+    kept = lines[-1] if text.lstrip().startswith("Traceback (most recent call last)") else " ".join(lines)
+    data = " ".join(kept.split()).encode()
+    if len(data) <= LONGEST_DETAILS:
+        return data.decode()
+    return data[:LONGEST_DETAILS].decode(errors="ignore") + " …"
+
+
+def admit(launches: Launches, launch_id: str, task: Task, word: str = "Launch") -> Served:
+    """The launch that a call is for; `word` is what its caller calls it.
+
+    Raises:
+        CallError: there is none, it is not ready, or its model does other work.
+    """
+    served = launches.find(launch_id)
+    if served is None:
+        raise CallError(grpc.StatusCode.NOT_FOUND, f"Unknown {word.lower()}_id: {launch_id}")
+    if served.state != "ready":
+        raise _not_ready(served, word)
+    if served.task != task:
+        text = f"{word} {launch_id} has task '{served.task}', expected '{task}'"
+        raise CallError(grpc.StatusCode.FAILED_PRECONDITION, text)
+    return served
+
+
+def bootstrap_failure(launches: Launches, launch_id: str, work: str, problem: RefusedError | LostError) -> CallError:
+    """What the original's callers are told of a failed request; `work` is what failed, as `Generation`."""
+    if lost := _ended(launches, launch_id, problem, "Launch"):
+        return lost
+    if isinstance(problem, LostError):
+        return CallError(grpc.StatusCode.FAILED_PRECONDITION, f"Launch {launch_id} subprocess crashed")
+    code = grpc.StatusCode.UNAVAILABLE if problem.status == 503 else grpc.StatusCode.INTERNAL
+    return CallError(code, f"{work} failed: Subprocess error: {shorten(str(problem))}")
+
+
+def failure(launches: Launches, instance_id: str, problem: RefusedError | LostError) -> CallError:
+    """What callers of our own service are told of a failed request."""
+    if lost := _ended(launches, instance_id, problem, "Instance"):
+        return lost
+    if isinstance(problem, LostError):
+        text = f"Instance {instance_id} does not answer: {problem}; its log may say why"
+        return CallError(grpc.StatusCode.UNAVAILABLE, text)
+    return CallError(_CODES.get(problem.status, grpc.StatusCode.INTERNAL), str(problem))
+
+
+def _ended(launches: Launches, launch_id: str, problem: RefusedError | LostError, word: str) -> CallError | None:
+    """The reason for a request's end where it is that the launch was stopped meanwhile."""
+    if isinstance(problem, RefusedError) and problem.status != 503:
+        return None
+    served = launches.find(launch_id)
+    return None if served is None or served.state in ("ready", "failed") else _not_ready(served, word)
+
+
+def _not_ready(served: Served, word: str) -> CallError:
+    text = f"{word} {served.launch_id} is not ready (state={served.state})"
+    return CallError(grpc.StatusCode.FAILED_PRECONDITION, text)

@@ -1,0 +1,125 @@
+"""Bullpen's own service: chat, completions, embeddings. Its `.proto` file says what the fields mean."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from bullpen.rpc import chats, completions, embeddings
+from bullpen.rpc.access import Context
+from bullpen.rpc.failures import CallError, admit, failure
+from bullpen.rpc.messages import v1 as pb
+from bullpen.rpc.methods import stream, unary
+from bullpen.rpc.ports import Launches, Served, Task
+from bullpen.rpc.sampling import completion_logprobs, completion_parameters
+from bullpen.rpc.upstream import LostError, RefusedError, Upstream
+
+SERVICE = "bullpen.v1.Inference"
+
+
+class Inference:
+    """Answers the service's calls.
+
+    Args:
+        launches: finds what a call is for.
+        upstream: the connections to them.
+    """
+
+    def __init__(self, launches: Launches, upstream: Upstream) -> None:
+        self._launches = launches
+        self._upstream = upstream
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a gRPC server needs to serve it."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Complete": stream(self.complete, pb.CompleteRequest),
+                "StreamComplete": stream(self.stream_complete, pb.CompleteRequest),
+                "Chat": unary(self.chat, pb.ChatRequest),
+                "StreamChat": stream(self.stream_chat, pb.ChatRequest),
+                "Embed": stream(self.embed, pb.EmbedRequest),
+            },
+        )
+
+    async def complete(self, request: pb.CompleteRequest, context: Context) -> None:
+        """A completion for each prompt, each when it is finished."""
+        async with self._reported(context, request.instance_id):
+            served = self._admit(request, "generate", "prompts", request.prompts)
+            parameters = completion_parameters(request.sampling)
+            found = completions.finished(self._upstream, served, list(request.prompts), parameters)
+            async with aclosing(found) as pieces:
+                async for piece in pieces:
+                    await context.write(pb.Completion(**_fields(piece)))
+
+    async def stream_complete(self, request: pb.CompleteRequest, context: Context) -> None:
+        """The pieces of all completions as they come."""
+        async with self._reported(context, request.instance_id):
+            served = self._admit(request, "generate", "prompts", request.prompts)
+            parameters = completion_parameters(request.sampling)
+            found = completions.streamed(self._upstream, served, list(request.prompts), parameters)
+            async with aclosing(found) as pieces:
+                async for piece in pieces:
+                    await context.write(pb.CompletionDelta(**_fields(piece)))
+
+    async def chat(self, request: pb.ChatRequest, context: Context) -> pb.ChatResponse:
+        """The answer to a conversation."""
+        async with self._reported(context, request.instance_id):
+            served = self._admit(request, "generate", "messages", request.messages)
+            answer = await chats.chat(self._upstream, served, request)
+        return answer
+
+    async def stream_chat(self, request: pb.ChatRequest, context: Context) -> None:
+        """The pieces of the answer to a conversation."""
+        async with self._reported(context, request.instance_id):
+            served = self._admit(request, "generate", "messages", request.messages)
+            async with aclosing(chats.chat_streamed(self._upstream, served, request)) as deltas:
+                async for delta in deltas:
+                    await context.write(delta)
+
+    async def embed(self, request: pb.EmbedRequest, context: Context) -> None:
+        """A vector for each text, each when it is finished."""
+        async with self._reported(context, request.instance_id):
+            served = self._admit(request, "embed", "texts", request.texts)
+            wanted = {"dimensions": request.dimensions} if request.HasField("dimensions") else {}
+            found = embeddings.embedded(self._upstream, served, list(request.texts), wanted, most=embeddings.TOGETHER)
+            async with aclosing(found) as vectors:
+                async for place, values in vectors:
+                    await context.write(pb.Embedding(index=place, values=values))
+
+    def _admit(self, request: Any, task: Task, name: str, inputs: Any) -> Served:
+        """The instance that a call is for, with the name of the model in it that the call asks for."""
+        if not inputs:
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, f"{name} must not be empty")
+        served = admit(self._launches, request.instance_id, task, "Instance")
+        return replace(served, served_model_name=request.model) if request.model else served
+
+    @asynccontextmanager
+    async def _reported(self, context: Context, instance_id: str) -> AsyncIterator[None]:
+        """Ends the call with a status where something goes wrong."""
+        try:
+            yield
+        except CallError as problem:
+            await context.abort(problem.code, str(problem))
+        except (RefusedError, LostError) as problem:
+            told = failure(self._launches, instance_id, problem)
+            await context.abort(told.code, str(told))
+
+
+def _fields(piece: completions.Piece) -> dict[str, Any]:
+    """A piece as the fields that a completion and a delta of one share."""
+    usage = None
+    if piece.finish_reason is not None:
+        usage = pb.Usage(prompt_tokens=piece.prompt_tokens, completion_tokens=piece.completion_tokens)
+    return {
+        "index": piece.index,
+        "choice": piece.choice,
+        "text": piece.text,
+        "finish_reason": piece.finish_reason or "",
+        "usage": usage,
+        "logprobs": completion_logprobs(piece.logprobs),
+    }

@@ -1,0 +1,1 @@
+"""The root of the folders that the messages' packages ask for."""

@@ -1,0 +1,145 @@
+"""The gRPC server: both services, health and reflection, on one port."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+
+from bullpen.errors import StateError
+from bullpen.rpc import bootstrap, inference
+from bullpen.rpc.access import Access
+from bullpen.rpc.ports import Launches
+from bullpen.rpc.reflection import pool
+from bullpen.rpc.upstream import MOST_CONNECTIONS, Upstream
+
+SERVICES = (inference.SERVICE, bootstrap.SERVICE)
+
+_OPTIONS = [
+    # A second daemon on a port is a mistake to be told of, not a sharer of its calls.
+    ("grpc.so_reuseport", 0),
+    # Callers carry no deadline as a rule. One whose host is gone is noticed after a minute, and its requests end.
+    ("grpc.keepalive_time_ms", 40_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # And callers may ask as often whether we are here.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
+_UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+@dataclass(frozen=True)
+class RpcSettings:
+    """How to serve gRPC.
+
+    Attributes:
+        host: the address to listen on; `0.0.0.0` for every one of IPv4, `::` for every one.
+        port: 0 for one of the kernel's choice.
+        access_key: what callers must send; None where there is none.
+        allow_unauthenticated: answer remote callers although there is no key.
+        certificate: the PEM file of the certificate chain; None for no TLS.
+        private_key: the PEM file of its key.
+        limit_message_size: keep gRPC's own limit of 4 MiB on what is received, instead of none.
+        most_connections: to one instance; further requests to it wait.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    access_key: str | None = None
+    allow_unauthenticated: bool = False
+    certificate: Path | None = None
+    private_key: Path | None = None
+    limit_message_size: bool = False
+    most_connections: int = MOST_CONNECTIONS
+
+
+class RpcServer:
+    """Serves inference with the launches that `launches` finds; belongs to the event loop that starts it.
+
+    Attributes:
+        port: where it listens, once it is started.
+    """
+
+    def __init__(self, launches: Launches, settings: RpcSettings) -> None:
+        self._launches = launches
+        self._settings = settings
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listen and serve.
+
+        Raises:
+            StateError: the address is taken or not this host's, or the certificate cannot be used.
+        """
+        settings = self._settings
+        self._upstream = Upstream(settings.most_connections)
+        server = grpc.aio.server(
+            interceptors=[Access(settings.access_key, settings.allow_unauthenticated)],
+            options=_OPTIONS if settings.limit_message_size else _OPTIONS + _UNLIMITED,
+        )
+        server.add_generic_rpc_handlers(
+            (
+                bootstrap.Bootstrap(self._launches, self._upstream).handler(),
+                inference.Inference(self._launches, self._upstream).handler(),
+            )
+        )
+        self._health = health.aio.HealthServicer()
+        add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server, pool=pool())
+        self.port = self._bind(server)
+        await server.start()
+        self._server = server
+        for name in ("", *SERVICES):
+            await self._health.set(name, HealthCheckResponse.SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Accept nothing any more, give calls under way `grace` seconds to end, then end them."""
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+        self._upstream.close()
+        self._server = None
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{settings.port}"
+        credentials = self._credentials()
+        try:
+            if credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
+        except RuntimeError as problem:
+            raise StateError(
+                f"cannot listen for gRPC on {address}; choose another --grpc-port or --host, or end the program there"
+            ) from problem
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        certificate, key = self._settings.certificate, self._settings.private_key
+        if certificate is None and key is None:
+            return None
+        if certificate is None or key is None:
+            raise StateError("TLS for gRPC needs both the certificate's file and its key's: give both, or neither")
+        try:
+            # gRPC would only say that it cannot listen.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+            return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+        except ssl.SSLError as problem:
+            raise StateError(
+                f"cannot use {certificate} with {key} for gRPC's TLS ({problem.reason or 'no certificate in it'});"
+                " both must be PEM files, and the key the certificate's"
+            ) from problem
+        except OSError as problem:
+            raise StateError(f"cannot read {certificate} or {key} for gRPC's TLS: {problem.strerror}") from problem
