@@ -37,3 +37,6 @@ tidy dev.txt 'Tools for tests and checks.'
 
 "$uv" pip compile "${options[@]}" -c bullpen.txt -c dev.txt --overrides engine-cuda.overrides engine-cuda.in -o engine-cuda.txt
 tidy engine-cuda.txt 'vLLM for NVIDIA GPUs and all it needs.'
+
+"$uv" pip compile "${options[@]}" -c bullpen.txt published-client.in -o published-client.txt
+tidy published-client.txt "vllm-bootstrap's published client and all it needs."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the Python code of the messages in src/bullpen/rpc/messages anew from their .proto files.
+# Makes the Python code of the messages in src/bullpen/proto anew from their .proto files.
 # `scripts/make_protos.sh --check` changes nothing and fails where the code is not what the files give.
 # GRPC_TOOLS_PYTHON names an interpreter that has grpcio-tools; without it a temporary environment is made.
 set -euo pipefail
@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 # Its code runs with every protobuf from 6.31.1 to 7.x; that of a newer one asks for a newer protobuf.
 tools='grpcio-tools==1.78.0'
-messages=src/bullpen/rpc/messages
+messages=src/bullpen/proto
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from bullpen.proto import bootstrap, v1
 from grpc import aio
 
 from bullpen.client import messages
@@ -19,6 +18,7 @@ from bullpen.client.launch_errors import InvalidRequest, NotFound, NotReady, Ser
 from bullpen.client.launches import ChatAnswer, Completion, Finished, Token
 from bullpen.client.manager import VLLMManager
 from bullpen.errors import InvalidRequestError
+from bullpen.proto import bootstrap, v1
 
 PATIENCE = 10.0
 KINDS: dict[str, tuple[Any, Any, bool]] = {

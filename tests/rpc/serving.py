@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from bullpen.core.instance import Address
-from bullpen.rpc.messages import bootstrap, v1
+from bullpen.proto import bootstrap, v1
 from bullpen.rpc.ports import Served, Task
 from bullpen.rpc.server import RpcServer, RpcSettings
 from bullpen.sim import words

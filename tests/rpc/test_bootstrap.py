@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
+from bullpen.proto import bootstrap as pb
 from bullpen.rpc import bootstrap
-from bullpen.rpc.messages import bootstrap as pb
 from bullpen.sim import words
 from tests.rpc.engine import Asked, piece, scripted
 from tests.rpc.serving import BOOTSTRAP, MODEL, Rpc, completion, eventually, everything, raw, refused, serving
@@ -255,7 +255,7 @@ async def test_a_gate_that_refuses(simulator: Simulator, rpc: Rpc) -> None:
     finally:
         simulator.http.post("/bullpen/gate?mode=open")
     assert code is Code.UNAVAILABLE
-    assert "try again in a few seconds" in details
+    assert "This model sleeps, or is about to" in details
 
 
 @pytest.mark.parametrize("size", [100, 100_000])

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from bullpen.core.instance import Address
+from bullpen.proto import bootstrap as pb
 from bullpen.rpc import connections
 from bullpen.rpc.embeddings import embedded
-from bullpen.rpc.messages import bootstrap as pb
 from bullpen.rpc.ports import Served
 from bullpen.rpc.upstream import LostError, RefusedError, Upstream
 from tests.rpc.engine import Asked, Engine, scripted

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from bullpen.rpc.messages import v1 as pb
+from bullpen.proto import v1 as pb
 from bullpen.rpc.sampling import chat_parameters, completion_parameters
 from bullpen.sim import words
 from tests.rpc.engine import Asked, Json, piece, scripted

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bullpen.rpc.messages import bootstrap, v1
+from bullpen.proto import bootstrap, v1
 from tests.rpc.serving import DEADLINE_SECONDS, Rpc, completion, eventually, everything, refused, serving
 from tests.sim.simulator import Simulator
 
@@ -81,7 +81,7 @@ async def test_a_channel_that_is_closed(rpc: Rpc, slow: Simulator) -> None:
 
 CALLER = """
 import sys, grpc
-from bullpen.rpc.messages import bootstrap as pb
+from bullpen.proto import bootstrap as pb
 channel = grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}")
 complete = channel.unary_unary("/vllm_bootstrap.InferenceService/Complete", pb.CompleteRequest.SerializeToString)
 complete(pb.CompleteRequest(launch_id="gen", prompts=["x"], max_tokens=20000))

@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from bullpen.errors import StateError
+from bullpen.proto import bootstrap as pb
 from bullpen.rpc.access import REMOTE, is_own_host
-from bullpen.rpc.messages import bootstrap as pb
 from bullpen.rpc.server import RpcServer, RpcSettings
 from tests.rpc.serving import BOOTSTRAP, Book, Rpc, completion, everything, raw, refused, serving
 from tests.sim.simulator import Simulator

@@ -21,7 +21,7 @@ import grpc.aio
 import uvloop
 
 from bullpen.core.instance import Address
-from bullpen.rpc.messages import bootstrap as pb
+from bullpen.proto import bootstrap as pb
 from bullpen.rpc.ports import Served
 from bullpen.rpc.server import RpcServer, RpcSettings
 from tests.sim.simulator import Simulator

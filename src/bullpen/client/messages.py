@@ -221,8 +221,10 @@ def load() -> Any:
     Raises:
         ClientError: protobuf is not installed.
     """
+    from bullpen import proto
+
     try:
-        from bullpen import proto
+        _ = proto.v1
     except ImportError as problem:
         raise ClientError(f"inference needs grpcio ({problem}); install bullpen-client[grpc]") from problem
     return proto

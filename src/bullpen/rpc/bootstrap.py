@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 
+from bullpen.proto import bootstrap as pb
 from bullpen.rpc import completions, embeddings
 from bullpen.rpc.access import Context
 from bullpen.rpc.failures import CallError, admit, bootstrap_failure
-from bullpen.rpc.messages import bootstrap as pb
 from bullpen.rpc.methods import stream, unary
 from bullpen.rpc.ports import Launches, Served
 from bullpen.rpc.upstream import Json, LostError, RefusedError, Upstream

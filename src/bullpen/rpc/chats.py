@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from bullpen.proto import v1 as pb
 from bullpen.rpc.completions import aborted
-from bullpen.rpc.messages import v1 as pb
 from bullpen.rpc.ports import Served
 from bullpen.rpc.sampling import chat_logprobs, chat_parameters
 from bullpen.rpc.upstream import Json, LostError, Upstream

@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 
+from bullpen.proto import v1 as pb
 from bullpen.rpc import chats, completions, embeddings
 from bullpen.rpc.access import Context
 from bullpen.rpc.failures import CallError, admit, failure
-from bullpen.rpc.messages import v1 as pb
 from bullpen.rpc.methods import stream, unary
 from bullpen.rpc.ports import Launches, Served, Task
 from bullpen.rpc.sampling import completion_logprobs, completion_parameters

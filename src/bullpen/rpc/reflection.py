@@ -11,7 +11,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from bullpen.rpc.messages import bootstrap, v1
+from bullpen.proto import bootstrap, v1
 
 BOOTSTRAP_PACKAGE = "vllm_bootstrap"
 BOOTSTRAP_FILE = "inference.proto"

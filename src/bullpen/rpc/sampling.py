@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from bullpen.rpc.messages import v1 as pb
+from bullpen.proto import v1 as pb
 from bullpen.rpc.upstream import Json
 
 _UNCHANGED = (
