@@ -1,7 +1,7 @@
 """The launcher's Python face: its classes, and the same service as an ASGI application.
 
 ``python -m bullpen.launcher`` and ``uvicorn --port 8001 bullpen.launcher:app`` start the daemon that ``bullpen serve``
-starts. In a script, without a daemon::
+starts; under uvicorn it has no gRPC port. In a script, without a daemon::
 
     from bullpen.launcher import VllmConfig, VllmMultiProcessManager
 
@@ -203,7 +203,7 @@ if __name__ == "__main__":
         )
         raise SystemExit(0 if wanted else 2)
 
-    from bullpen.web.serve import serve
+    from bullpen.daemon.serve import serve
 
     try:
         raise SystemExit(serve(load({})))

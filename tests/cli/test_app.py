@@ -12,8 +12,8 @@ import pytest
 from bullpen import __version__
 from bullpen.cli import COMMANDS, main
 from bullpen.client import BullpenClient
+from bullpen.daemon import serve as daemon
 from bullpen.node.settings import Settings
-from bullpen.web import serve as daemon
 from tests.cli.terminal import COMMAND, bullpen
 from tests.support.daemon import Daemon
 
@@ -164,6 +164,8 @@ def test_flags_arrive_as_they_were_given(served: list[Settings], tmp_path: Path)
         "host": "127.0.0.1",
         "port": 0,
         "grpc-port": 0,
+        "grpc-tls-cert": tmp_path / "certificate",
+        "grpc-tls-key": tmp_path / "key",
         "state-dir": tmp_path,
         "engine": "sim",
         "engine-python": sys.executable,
@@ -209,8 +211,8 @@ def test_port_of_another_daemon_is_told(shared: Daemon, nobody: None, tmp_path: 
 
 def test_serve_imports_nothing_for_people() -> None:
     code = (
-        "import sys, bullpen.web.serve\n"
-        "bullpen.web.serve.serve = lambda settings: 0\n"
+        "import sys, bullpen.daemon.serve\n"
+        "bullpen.daemon.serve.serve = lambda settings: 0\n"
         "from bullpen.cli import main\n"
         "assert main(['serve', '--engine', 'sim']) == 0\n"
         "import gc\n"

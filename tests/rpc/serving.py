@@ -15,7 +15,8 @@ import pytest
 from bullpen.core.instance import Address
 from bullpen.proto import bootstrap, v1
 from bullpen.rpc.ports import Served, Task
-from bullpen.rpc.server import RpcServer, RpcSettings
+from bullpen.rpc.server import RpcServer
+from bullpen.rpc.settings import RpcSettings
 from bullpen.sim import words
 
 MODEL = "test/model"

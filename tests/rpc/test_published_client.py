@@ -1,21 +1,13 @@
-"""The gRPC half of vllm-bootstrap's published client, unchanged, in an interpreter of its own.
-
-`BULLPEN_BOOTSTRAP_CLIENT_PYTHON` names that interpreter; it needs nothing but `vllm-bootstrap-client==0.2.10`.
-"""
+"""The gRPC half of vllm-bootstrap's published client."""
 
 from __future__ import annotations
-
-import asyncio
-import json
-import os
 
 import pytest
 
 from bullpen.sim import words
 from tests.rpc.serving import MODEL, completion, serving
 from tests.sim.simulator import Simulator
-
-PYTHON = os.environ.get("BULLPEN_BOOTSTRAP_CLIENT_PYTHON")
+from tests.support.published_client import needs_published_client, run_script
 
 SCRIPT = """
 import asyncio, json, sys
@@ -49,16 +41,12 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
-@pytest.mark.skipif(not PYTHON, reason="BULLPEN_BOOTSTRAP_CLIENT_PYTHON names no interpreter that has the client")
+@needs_published_client
 async def test_the_published_client(simulator: Simulator) -> None:
     async with serving(access_key="key") as rpc:
         rpc.book.add("gen", simulator.port)
         rpc.book.add("emb", simulator.port, "embed")
-        client = await asyncio.create_subprocess_exec(
-            PYTHON or "", "-c", SCRIPT, f"127.0.0.1:{rpc.server.port}", stdout=asyncio.subprocess.PIPE
-        )
-        output, _ = await client.communicate()
-    seen = json.loads(output)
+        seen = await run_script(SCRIPT, f"127.0.0.1:{rpc.server.port}")
     vectors = [pytest.approx(words.vector(MODEL, text), abs=1e-7) for text in "ab"]
     assert seen["embed"] == vectors
     assert seen["embed_stream"] == vectors

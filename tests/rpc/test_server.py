@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from bullpen.errors import StateError
 from bullpen.proto import bootstrap as pb
 from bullpen.rpc.access import REMOTE, is_own_host
-from bullpen.rpc.server import RpcServer, RpcSettings
+from bullpen.rpc.server import RpcServer
+from bullpen.rpc.settings import RpcSettings
 from tests.rpc.serving import BOOTSTRAP, Book, Rpc, completion, everything, raw, refused, serving
 from tests.sim.simulator import Simulator
 

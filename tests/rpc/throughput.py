@@ -23,7 +23,8 @@ import uvloop
 from bullpen.core.instance import Address
 from bullpen.proto import bootstrap as pb
 from bullpen.rpc.ports import Served
-from bullpen.rpc.server import RpcServer, RpcSettings
+from bullpen.rpc.server import RpcServer
+from bullpen.rpc.settings import RpcSettings
 from tests.sim.simulator import Simulator
 
 CALLERS = 64

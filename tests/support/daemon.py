@@ -41,6 +41,7 @@ class Daemon:
     ) -> None:
         values = {
             "port": 0,
+            "grpc_port": 0,  # few tests need it; None in `settings` turns it on, at the port after the other one
             "host": "127.0.0.1",
             "stop_timeout": 5,
             **settings,
@@ -100,6 +101,10 @@ class Daemon:
         """Wait until the API answers."""
         self.url = self.wait_line("bullpen: ready on ").split()[-1]
         return self
+
+    def wait_grpc(self) -> str:
+        """Wait until gRPC answers; its address."""
+        return self.wait_line("bullpen: gRPC ready on ").split()[-1]
 
     def wait_warm(self, seconds: float = 120.0) -> Daemon:
         """Wait until instances can be forked."""

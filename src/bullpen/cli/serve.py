@@ -33,14 +33,31 @@ def serve(
         typer.Option(metavar="LEVEL", help="critical, error, warning, info (default) or debug."),
     ] = None,
     host: Annotated[
-        str | None, typer.Option(help="Address of REST API and page. Default: 0.0.0.0.", rich_help_panel=LISTEN)
+        str | None, typer.Option(help="Address of REST API, page and gRPC. Default: 0.0.0.0.", rich_help_panel=LISTEN)
     ] = None,
     port: Annotated[
         int | None, typer.Option(help="Its port; 0 picks one. Default: 8001.", rich_help_panel=LISTEN)
     ] = None,
     grpc_port: Annotated[
         int | None,
-        typer.Option(help="Reserved for the gRPC service; accepted, not used yet.", rich_help_panel=LISTEN),
+        typer.Option(help="Port of gRPC; 0 turns it off. Default: the one after --port.", rich_help_panel=LISTEN),
+    ] = None,
+    grpc_tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file of gRPC's certificate chain. Default: no TLS for it.",
+            rich_help_panel=LISTEN,
+        ),
+    ] = None,
+    grpc_tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of its private key.", rich_help_panel=LISTEN)
+    ] = None,
+    grpc_limit_message_size: Annotated[
+        bool | None,
+        typer.Option(
+            "--grpc-limit-message-size", help="Refuse gRPC messages of more than 4 MiB.", rich_help_panel=LISTEN
+        ),
     ] = None,
     access_key_file: Annotated[
         Path | None,
@@ -197,7 +214,7 @@ def serve(
         settings = load(flags, config)
         if not settings.mock_gpus and (mock_gpu_count is not None or mock_gpu_memory is not None):
             raise StateError("--mock-gpu-count and --mock-gpu-memory are about mock GPUs; give --mock-gpus too")
-        from bullpen.web.serve import serve as run_daemon
+        from bullpen.daemon.serve import serve as run_daemon
     except StateError as problem:
         raise WrongUsageError(str(problem)) from problem
     finally:

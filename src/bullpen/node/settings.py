@@ -26,9 +26,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    host: str = Field("0.0.0.0", description="address of the REST API")
+    host: str = Field("0.0.0.0", description="address of REST API and gRPC")
     port: int = Field(8001, ge=0, le=65535, description="port of the REST API; 0 picks one")
-    grpc_port: int | None = Field(None, ge=0, le=65535, description="reserved for the gRPC service; 0 turns it off")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="port of gRPC; 0 turns it off; None: the one after `port`"
+    )
+    grpc_tls_cert: Path | None = Field(None, description="PEM file of gRPC's certificate chain; None for no TLS")
+    grpc_tls_key: Path | None = Field(None, description="PEM file of its key")
+    grpc_limit_message_size: bool = Field(False, description="refuse gRPC messages of more than 4 MiB")
     state_dir: Path = Field(default_factory=default_state_dir, description="journal, logs, sockets, key")
     engine: Literal["vllm", "sim"] | None = Field(None, description="engine of instances that name none")
     engine_python: str = Field(sys.executable, description="interpreter that the engine runs in")
@@ -72,7 +77,7 @@ class Settings(BaseModel):
             raise ValueError("give a number of MiB, or text such as 512MiB, 64GiB or 1TiB")
         return int(float(match[1]) * UNITS[(match[2] or "m").lower()[0]])
 
-    @field_validator("state_dir", "access_key_file")
+    @field_validator("state_dir", "access_key_file", "grpc_tls_cert", "grpc_tls_key")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()

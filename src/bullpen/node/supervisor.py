@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +79,7 @@ class Supervisor:
         self._housekeeping: asyncio.Task[None] | None = None
         self._refreshed = 0.0
         self._stopping: asyncio.Task[None] | None = None
+        self._end_first: list[Callable[[], Awaitable[None]]] = []
         self.fleet: Fleet
         self.resources: Resources
         self._executor: Executor
@@ -447,7 +448,16 @@ class Supervisor:
                 self.submit(ev.Refused(instance.id, LaunchError(ENDING)))
         self._stopping = asyncio.ensure_future(self._stop_for_exit())
 
+    def end_first(self, end: Callable[[], Awaitable[None]]) -> None:
+        """At the daemon's end, have something else ended before any instance is stopped."""
+        self._end_first.append(end)
+
     async def _stop_for_exit(self) -> None:
+        for end in self._end_first:
+            try:
+                await end()
+            except Exception:
+                logger.exception("ending %s failed; this is a bug in Bullpen", end)
         # Creates that were refused just now may have processes still to be killed.
         unfinished = [instance.id for instance in self.fleet.instances.values() if not instance.listed]
         await asyncio.gather(*(self.stop(instance_id) for instance_id in unfinished), return_exceptions=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
-from dataclasses import dataclass
-from pathlib import Path
-
 import grpc
 import grpc.aio
 from grpc_health.v1 import health
@@ -18,7 +14,8 @@ from bullpen.rpc import bootstrap, inference
 from bullpen.rpc.access import Access
 from bullpen.rpc.ports import Launches
 from bullpen.rpc.reflection import pool
-from bullpen.rpc.upstream import MOST_CONNECTIONS, Upstream
+from bullpen.rpc.settings import RpcSettings
+from bullpen.rpc.upstream import Upstream
 
 SERVICES = (inference.SERVICE, bootstrap.SERVICE)
 
@@ -35,31 +32,6 @@ _OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
 ]
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-
-
-@dataclass(frozen=True)
-class RpcSettings:
-    """How to serve gRPC.
-
-    Attributes:
-        host: the address to listen on; `0.0.0.0` for every one of IPv4, `::` for every one.
-        port: 0 for one of the kernel's choice.
-        access_key: what callers must send; None where there is none.
-        allow_unauthenticated: answer remote callers although there is no key.
-        certificate: the PEM file of the certificate chain; None for no TLS.
-        private_key: the PEM file of its key.
-        limit_message_size: keep gRPC's own limit of 4 MiB on what is received, instead of none.
-        most_connections: to one instance; further requests to it wait.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    access_key: str | None = None
-    allow_unauthenticated: bool = False
-    certificate: Path | None = None
-    private_key: Path | None = None
-    limit_message_size: bool = False
-    most_connections: int = MOST_CONNECTIONS
 
 
 class RpcServer:
@@ -127,19 +99,5 @@ class RpcServer:
             ) from problem
 
     def _credentials(self) -> grpc.ServerCredentials | None:
-        certificate, key = self._settings.certificate, self._settings.private_key
-        if certificate is None and key is None:
-            return None
-        if certificate is None or key is None:
-            raise StateError("TLS for gRPC needs both the certificate's file and its key's: give both, or neither")
-        try:
-            # gRPC would only say that it cannot listen.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-            return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-        except ssl.SSLError as problem:
-            raise StateError(
-                f"cannot use {certificate} with {key} for gRPC's TLS ({problem.reason or 'no certificate in it'});"
-                " both must be PEM files, and the key the certificate's"
-            ) from problem
-        except OSError as problem:
-            raise StateError(f"cannot read {certificate} or {key} for gRPC's TLS: {problem.strerror}") from problem
+        pair = self._settings.key_and_certificate()
+        return None if pair is None else grpc.ssl_server_credentials([pair])

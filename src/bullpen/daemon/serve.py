@@ -1,4 +1,4 @@
-"""The daemon as a process: one socket, one event loop, one supervisor, and the lines that scripts wait for."""
+"""Running the daemon: one event loop, one supervisor, and the lines that scripts wait for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from bullpen.daemon.inference import GrpcFace, rpc_settings
+from bullpen.daemon.ports import shown, take_ports
 from bullpen.errors import StateError
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
+from bullpen.rpc.settings import RpcSettings
 from bullpen.web.app import create_app
 
 CLOSE_SECONDS = 2.0
@@ -24,9 +27,11 @@ def serve(settings: Settings) -> int:
     """Run the daemon until a signal ends it; return the exit code."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        listener = listen(settings.host, settings.port)
+        rpc = rpc_settings(settings)
+        rpc.key_and_certificate()  # what is wrong with them is told before anything starts
+        http, grpc = take_ports(settings)
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            return runner.run(run(settings, listener))
+            return runner.run(run(settings, http, rpc, grpc))
     except StateError as problem:
         print(f"bullpen: {problem}", file=sys.stderr)
         return 2
@@ -43,33 +48,17 @@ def new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Listen on an address.
-
-    Raises:
-        StateError: another program does, or this host has no such address.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as problem:
-        listener.close()
-        raise StateError(
-            f"cannot listen on {host}:{port}: {problem.strerror};"
-            " choose another --host or --port, or end the program there"
-        ) from problem
-    return listener
-
-
-async def run(settings: Settings, listener: socket.socket) -> int:
-    """Serve on a socket, from the supervisor's start to its end."""
+async def run(settings: Settings, http: socket.socket, rpc: RpcSettings, grpc: socket.socket | None) -> int:
+    """Serve at the addresses of two sockets, from the supervisor's start to its end."""
     supervisor = Supervisor(settings)
     await supervisor.start()
-    server = Server(settings, supervisor)
+    face = None
+    if grpc is not None:
+        face = GrpcFace(supervisor, rpc, grpc)
+        supervisor.end_first(face.stop)
+    server = Server(settings, supervisor, face)
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=[http])
     finally:
         await supervisor.close()
         (settings.state_dir / "url").unlink(missing_ok=True)
@@ -77,10 +66,17 @@ async def run(settings: Settings, listener: socket.socket) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, saying where it listens once it does."""
+    """uvicorn, saying where it listens once it does, with gRPC beside it.
 
-    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
+    Args:
+        settings: the daemon's.
+        supervisor: one that has started.
+        grpc: None where it is off.
+    """
+
+    def __init__(self, settings: Settings, supervisor: Supervisor, grpc: GrpcFace | None) -> None:
         self._settings = settings
+        self._grpc = grpc
         super().__init__(
             uvicorn.Config(
                 create_app(settings, supervisor),
@@ -107,8 +103,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.started or not sockets:
             return
-        host, port = sockets[0].getsockname()[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        url = f"http://{shown}:{port}"
+        url = f"http://{shown(sockets[0])}"
         (self._settings.state_dir / "url").write_text(url)
         print(f"bullpen: ready on {url}", flush=True)
+        if self._grpc is not None:
+            self._grpc.begin()
