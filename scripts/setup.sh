@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 profile=${1:-product}
 venv=.venv
 python=$venv/bin/python
+published_client=$venv/published-client
 pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf '%s\n' "$*"; }
@@ -156,6 +157,15 @@ install_product() {
 
 install_tools() { step "Installing the tools for tests and checks" pip_install -r requirements/dev.txt; }
 
+# The published client pins nothing of ours and is pinned by nothing of ours, so it has an environment of its own.
+install_published_client() {
+    rm -rf "$published_client"
+    "$python" -m venv --without-pip "$published_client"
+    step "Installing vllm-bootstrap's published client" \
+        "$python" -m pip --python "$published_client/bin/python" install --disable-pip-version-check --no-input \
+        --no-deps -r requirements/published-client.txt
+}
+
 if [[ -n ${ENGINE:-} ]]; then
     engine=$ENGINE
 elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
@@ -171,6 +181,7 @@ stamp() { cat "$@" | cksum; }
 project=$(sed '/^\[dependency-groups\]/,$d' pyproject.toml)
 product_stamp="$engine $(stamp scripts/setup.sh "requirements/engine-$engine.txt" requirements/bullpen.txt - <<<"$project")"
 tools_stamp="$product_stamp $(stamp requirements/dev.txt)"
+published_client_stamp=$(stamp requirements/published-client.txt)
 is_done() { [[ -f $venv/$1.stamp && $(<"$venv/$1.stamp") == "$2" ]]; }
 
 # One set-up at a time in this checkout.
@@ -191,4 +202,8 @@ fi
 if [[ $profile == dev ]] && ! is_done tools "$tools_stamp"; then
     install_tools
     printf '%s\n' "$tools_stamp" >"$venv/tools.stamp"
+fi
+if [[ $profile == dev ]] && ! is_done published-client "$published_client_stamp"; then
+    install_published_client
+    printf '%s\n' "$published_client_stamp" >"$venv/published-client.stamp"
 fi
