@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from bullpen.core.instance import Instance
 from bullpen.daemon.ports import shown
 from bullpen.engines.registry import ENGINES
-from bullpen.errors import NotFoundError, StateError
+from bullpen.errors import NotFoundError
 from bullpen.node.launches import STATES, model_of, task_of
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
@@ -89,16 +89,20 @@ class GrpcFace:
 
     def __init__(self, supervisor: Supervisor, settings: RpcSettings, address: socket.socket) -> None:
         self._instances = Instances(supervisor)
-        self._settings = settings
+        self._settings = settings.at(address.getsockname()[1])
+        self._shown = shown(address)
         self._address = address
         self._starting: asyncio.Task[RpcServer | None] | None = None
+        self._stopped = False
 
     def begin(self) -> None:
         """Start in the background. What fails now is logged, and the daemon goes on without gRPC."""
-        self._starting = asyncio.ensure_future(self._start())
+        if not self._stopped:
+            self._starting = asyncio.ensure_future(self._start())
 
     async def stop(self) -> None:
         """Take no more calls, give those under way `GRACE_SECONDS` to end, then end them."""
+        self._stopped = True
         server = await self._starting if self._starting is not None else None
         self._address.close()
         if server is not None:
@@ -107,16 +111,18 @@ class GrpcFace:
     async def _start(self) -> RpcServer | None:
         try:
             server = await self._serve()
-        except (ImportError, StateError) as problem:
-            logger.error("gRPC is not served: %s; end the daemon and start it again to try again", problem)
+        except Exception as problem:  # an installation that does not fit fails in ways of its own
+            logger.error("gRPC is not served, all else is (%s: %s)", type(problem).__name__, problem)
             return None
-        print(f"bullpen: gRPC ready on {shown(self._address)}", flush=True)
+        finally:
+            self._address.close()
+        print(f"bullpen: gRPC ready on {self._shown}", flush=True)
         return server
 
     async def _serve(self) -> RpcServer:
         # It reports on standard error whatever it finds remarkable. The zygote's environment was read before this.
         os.environ.setdefault(VERBOSITY, "ERROR")
         module = await asyncio.to_thread(import_module, "bullpen.rpc.server")
-        server: RpcServer = module.RpcServer(self._instances, self._settings.at(self._address.getsockname()[1]))
+        server: RpcServer = module.RpcServer(self._instances, self._settings)
         await server.start()
         return server
