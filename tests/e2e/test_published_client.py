@@ -38,8 +38,9 @@ async def main():
         embedder = (await manager.launch(MODEL, task="embed", gpu_ids=[1])).launch_id
         for launch_id in (writer, embedder):
             seen["ready"] = (await manager.wait_until_ready(launch_id, poll_interval=0.05, timeout=30)).state
-        whole = await manager.complete(writer, ["hello there", "and you"], max_tokens=5)
-        seen["complete"] = [[item.text, item.prompt_tokens, item.completion_tokens] for item in whole]
+        one = await manager.complete(writer, ["hello there"], max_tokens=5)
+        seen["complete"] = [[item.text, item.prompt_tokens, item.completion_tokens] for item in one]
+        seen["many"] = [item.text for item in await manager.complete(writer, ["x", "y", "z"], max_tokens=5)]
         seen["stream"] = [item.text async for item in manager.complete_stream(writer, ["a", "b"], max_tokens=3)]
         seen["embed"] = await manager.embed(embedder, ["a", "b"])
         seen["embed_stream"] = [item async for item in manager.embed_stream(embedder, ["a", "b"])]
@@ -79,7 +80,8 @@ async def test_from_launch_to_stop(start_daemon: Callable[..., Daemon]) -> None:
         "launched": [MODEL, [0], "generate", "bootstrapping"],
         "conflict": 409,
         "ready": "ready",
-        "complete": [[completion("hello there", 5), 2, 5], [completion("and you", 5), 2, 5]],
+        "complete": [[completion("hello there", 5), 2, 5]],
+        "many": [completion(text, 5) for text in "xyz"],
         "stream": [completion("a", 3), completion("b", 3)],
         "embed": vectors,
         "embed_stream": vectors,
