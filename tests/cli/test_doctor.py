@@ -130,8 +130,18 @@ def test_state_directory_that_is_open_to_others_is_a_warning(tmp_path: Path) -> 
     assert daemon.check_state_dir(tmp_path)[0].level is Level.OK
 
 
-def test_processes_of_a_killed_daemon_are_found(start_daemon: Callable[..., Daemon]) -> None:
-    first = start_daemon().wait_warm()
+def test_folder_for_logs_that_cannot_be_made_is_a_problem(tmp_path: Path) -> None:
+    assert daemon.check_log_dir(tmp_path / "logs")[0].level is Level.OK
+    (tmp_path / "file").write_text("")
+    (finding,) = daemon.check_log_dir(tmp_path / "file" / "logs")
+    assert finding.level is Level.PROBLEM and "--log-dir" in finding.advice
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_processes_of_a_killed_daemon_are_found(
+    start_daemon: Callable[..., Daemon], tmp_path: Path, elsewhere: bool
+) -> None:
+    first = start_daemon(log_dir=tmp_path / "logs" if elsewhere else None).wait_warm()
     pid = first.create()["pid"]
     assert daemon.check_left_over(first.state_dir) == []
     first.kill()

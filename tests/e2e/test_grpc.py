@@ -65,6 +65,8 @@ def refusal(attempt: Callable[[], Any]) -> tuple[grpc.StatusCode, str | None]:
 def test_its_port_comes_after_the_other(daemon: Daemon) -> None:
     port = int(daemon.url.rpartition(":")[2])
     assert daemon.wait_grpc() == f"127.0.0.1:{port + 1}"
+    assert daemon.http.get("/").json()["grpc_port"] == port + 1
+    assert daemon.http.get("/ready").json()["grpc_port"] == port + 1
 
 
 def test_instances_of_the_other_apis_answer(daemon: Daemon, channel: grpc.Channel) -> None:

@@ -60,6 +60,30 @@ def test_a_new_daemon_adopts_what_lives(start_daemon: Callable[..., Daemon], tmp
     wait_until(lambda: not processes_of("two", pids["two"]))
 
 
+def test_logs_are_found_wherever_the_daemon_of_the_time_was_told_to_put_them(
+    start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    logs = tmp_path / "logs"
+    first = start_daemon(tmp_path / "state", log_dir=logs).wait_warm()
+    first.create(instance_id="one")
+    first.wait_state("one", "ready")
+    (log,) = logs.iterdir()
+    assert "simulator" in log.read_text()
+    first.kill()
+
+    second = start_daemon(tmp_path / "state").wait_warm()
+    assert second.log("one") == log.read_text()
+    second.create(instance_id="two")
+    second.wait_state("two", "ready")
+    assert list(logs.iterdir()) == [log], "new ones go where this one was told"
+    second.kill()
+
+    third = start_daemon(tmp_path / "state", log_dir=tmp_path / "other").wait_warm()
+    assert "simulator" in third.log("one") and "simulator" in third.log("two")
+    assert third.delete("one")["status"] == "terminated"
+    assert not log.exists()
+
+
 def test_an_unfinished_start_is_adopted(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     """A server that was still starting becomes ready under the next daemon."""
     first = start_daemon(tmp_path / "state").wait_warm()

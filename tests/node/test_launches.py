@@ -15,7 +15,8 @@ from bullpen.core.instance import State
 from bullpen.errors import NotFoundError
 from bullpen.node import launches as launches_module
 from bullpen.node.host_stats import limit_mib, total_mib
-from bullpen.node.launches import Launches, LaunchRefusedError, Task, command_line
+from bullpen.node.launch_options import LaunchRefusedError, Task, command_line
+from bullpen.node.launches import Launches
 from bullpen.node.logs import MAX_CHUNK, Logs
 
 
@@ -87,22 +88,20 @@ def launches(log: OneLog) -> Launches:
     return Launches(cast(Any, log))
 
 
-def read_all(launches: Launches, offset: int = 0) -> tuple[str, int]:
+def read_all(launches: Launches, offset: int = 0, most: int = MAX_CHUNK) -> tuple[str, int]:
     """The pieces of a log, put together, and how many there were."""
     text, count = "", 0
     while (piece := launches.read_log("a", offset)).content:
         assert offset <= piece.offset < piece.next_offset
-        assert piece.next_offset - piece.offset <= MAX_CHUNK
+        assert piece.next_offset - piece.offset <= most
         text, count, offset = text + piece.content, count + 1, piece.next_offset
     return text, count
 
 
 @given(text=st.text(st.sampled_from("a\u00e4\u20ac\U0001f600\n")), size=st.integers(4, 9))
-def test_pieces_put_together_are_the_log(log: OneLog, launches: Launches, text: str, size: int) -> None:
+def test_pieces_put_together_are_the_log(log: OneLog, text: str, size: int) -> None:
     log.write(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches_module, "MAX_CHUNK", size)
-        assert read_all(launches)[0] == text
+    assert read_all(Launches(cast(Any, log), size), most=size)[0] == text
 
 
 @given(text=st.text(st.sampled_from("a\u00e4\u20ac\U0001f600"), min_size=1), data=st.data())
@@ -117,16 +116,13 @@ def test_an_offset_inside_a_character_moves_on(log: OneLog, launches: Launches, 
 
 
 @given(whole=st.binary(max_size=30), size=st.integers(4, 9), offset=st.integers(0, 40))
-def test_bytes_that_are_no_text_are_read_to_their_end(
-    log: OneLog, launches: Launches, whole: bytes, size: int, offset: int
-) -> None:
+def test_bytes_that_are_no_text_are_read_to_their_end(log: OneLog, whole: bytes, size: int, offset: int) -> None:
     log.write(whole)
     log.instance.state = State.STOPPED
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches_module, "MAX_CHUNK", size)
-        while (piece := launches.read_log("a", offset)).next_offset < len(whole):
-            assert piece.next_offset > offset
-            offset = piece.next_offset
+    launches = Launches(cast(Any, log), size)
+    while (piece := launches.read_log("a", offset)).next_offset < len(whole):
+        assert piece.next_offset > offset
+        offset = piece.next_offset
     log.instance.state = State.READY
     assert piece.next_offset == len(whole)
 

@@ -107,6 +107,65 @@ def test_the_path_is_as_the_kernel_names_it(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_put_elsewhere_and_found_by_whoever_comes_later(tmp_path: Path) -> None:
+    """A later daemon may be told of another place, or of none."""
+    home, one, other = (tmp_path / name for name in ("home", "one", "other"))
+    one.mkdir()
+    other.mkdir()
+    write(Logs(home, 0), "a", b"a")
+    first = Logs(home, 0, one)
+    write(first, "b", b"b")
+    second = Logs(home, 0, other)
+    write(second, "a", b"A")
+    write(second, "b", b"B")
+    write(second, "c", b"c")
+    last = Logs(home, 0)
+    write(last, "c", b"C")
+    for logs in (first, second, last):
+        assert {key: logs.read(key).data for key in "abc"} == {"a": b"aA", "b": b"bB", "c": b"cC"}
+        assert [logs.path(key) for key in "abc"] == [home / "a.log", one / "b.log", other / "c.log"]
+    for key in "abc":
+        last.remove(key)
+    assert [list(folder.iterdir()) for folder in (home, one, other)] == [[], [], []]
+
+
+def test_the_path_elsewhere_is_as_the_kernel_names_it(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    logs = Logs(tmp_path / "home", 0, tmp_path / "link")
+    descriptor = logs.create("a")
+    assert os.readlink(f"/proc/self/fd/{descriptor}") == str(logs.path("a")) == str(tmp_path / "real" / "a.log")
+    os.close(descriptor)
+
+
+def test_a_place_elsewhere_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    logs = Logs(tmp_path / "home", 0, tmp_path / "place")
+    write(logs, "a", b"a")
+    logs.path("a").unlink()
+    assert logs.read("a") == Chunk(b"", 0, 0)
+    (tmp_path / "place").rmdir()
+    for key in "ab":
+        with pytest.raises(LaunchError, match=r"no log can be written below .*place: No such file .*make room there"):
+            logs.create(key)
+        logs.enforce_cap(key)
+        logs.remove(key)
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_the_cap_holds_elsewhere_too(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    logs = Logs(tmp_path / "home", MIB, tmp_path / "place")
+    write(logs, "a", os.urandom(4 * MIB))
+    logs.enforce_cap("a")
+    if logs.read("a").start == 0:
+        pytest.skip("this file system cannot punch holes")
+    assert allocated(tmp_path / "place" / "a.log") <= MIB + HOLE_BLOCK
+
+
 # -- the cap -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from bullpen.errors import StateError
-from bullpen.node.statedir import LONGEST_SOCKET_FOLDER, StateDir, default_state_dir
+from bullpen.node.statedir import LONGEST_SOCKET_FOLDER, StateDir, make_log_dir
+from bullpen.paths import default_state_dir
 
 
 def mode(path: Path) -> int:
@@ -90,6 +91,21 @@ def test_an_unwritable_folder_is_said_to_be(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StateError, match=r"cannot be used: Permission denied; make it writable, or give another"):
         StateDir(tmp_path / "state")
+
+
+def test_a_folder_for_logs_is_made_for_its_owner_alone_or_stays_as_it_is(tmp_path: Path) -> None:
+    made = make_log_dir(tmp_path / "deep" / "logs")
+    assert mode(made) == 0o700 and list(made.iterdir()) == []
+    made.chmod(0o755)
+    assert mode(make_log_dir(made)) == 0o755
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/logs", "/proc", "{file}/logs", "{file}"])
+def test_a_folder_for_logs_that_cannot_be_is_said_to_be(tmp_path: Path, place: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StateError, match=r"the folder for logs .* cannot be used: .*; make it .* with --log-dir"):
+        make_log_dir(Path(place.format(file=file)))
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere/state", "{file}/state", "{file}"])

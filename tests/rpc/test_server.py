@@ -15,9 +15,10 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from bullpen.access import PROXY_HEADERS, REMOTE
 from bullpen.errors import StateError
 from bullpen.proto import bootstrap as pb
-from bullpen.rpc.access import REMOTE, is_own_host
+from bullpen.rpc.access import is_own_host
 from bullpen.rpc.server import RpcServer
 from bullpen.rpc.settings import RpcSettings
 from tests.rpc.serving import BOOTSTRAP, Book, Rpc, completion, everything, raw, refused, serving
@@ -94,6 +95,27 @@ async def test_without_a_key_other_hosts_are_refused(simulator: Simulator, monke
         assert len((await open_to_all.complete(request())).completions) == 1
 
 
+@pytest.mark.parametrize("name", sorted(PROXY_HEADERS))
+async def test_without_a_key_what_a_proxy_passes_on_is_refused(simulator: Simulator, name: str) -> None:
+    said = ((name, "127.0.0.1"),)
+    refusal = (Code.PERMISSION_DENIED, REMOTE)
+    async with (
+        serving() as closed,
+        serving(allow_unauthenticated=True) as open_to_all,
+        serving(access_key="k") as keyed,
+    ):
+        for rpc in (closed, open_to_all, keyed):
+            rpc.book.add("gen", simulator.port)
+        assert await refused(closed.complete(request(), metadata=said)) == refusal
+        assert await refused(closed.complete_stream(request(), metadata=said)) == refusal
+        assert await refused(raw(closed.channel.unary_unary, BOOTSTRAP + "Other")(b"", metadata=said)) == refusal
+        assert await check(closed, "", said) == health_pb2.HealthCheckResponse.SERVING
+        assert len((await closed.complete(request())).completions) == 1
+        assert len((await open_to_all.complete(request(), metadata=said)).completions) == 1
+        with_key = (*said, ("authorization", "Bearer k"))
+        assert len((await keyed.complete(request(), metadata=with_key)).completions) == 1
+
+
 @pytest.mark.parametrize(
     ("peer", "own"),
     [
@@ -115,13 +137,13 @@ def test_who_is_on_this_host(peer: str, own: bool) -> None:
     assert is_own_host(peer) is own
 
 
-async def check(rpc: Rpc, service: str) -> int:
+async def check(rpc: Rpc, service: str, metadata: tuple[tuple[str, str], ...] = ()) -> int:
     call = rpc.channel.unary_unary(
         "/grpc.health.v1.Health/Check",
         health_pb2.HealthCheckRequest.SerializeToString,
         health_pb2.HealthCheckResponse.FromString,
     )
-    return int((await call(health_pb2.HealthCheckRequest(service=service))).status)
+    return int((await call(health_pb2.HealthCheckRequest(service=service), metadata=metadata)).status)
 
 
 async def test_health_answers_anyone() -> None:

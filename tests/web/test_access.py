@@ -12,6 +12,7 @@ import psutil
 import pytest
 from starlette.types import Message, Scope
 
+from bullpen.access import PROXY_HEADERS
 from bullpen.web.access import Access
 from tests.support.daemon import Daemon
 from tests.web.calls import INSTANCES, raw
@@ -115,6 +116,16 @@ async def test_remote_callers_need_one(keyless: Access, client: str) -> None:
     status, headers, _ = await status_of(keyless, client=(client, 5))
     assert status == 403
     assert "www-authenticate" not in headers, "there is no key to ask for"
+
+
+@pytest.mark.parametrize("name", sorted(PROXY_HEADERS))
+async def test_what_a_proxy_passes_on_is_remote(keyless: Access, keyed: Access, name: str) -> None:
+    said: dict[str, Any] = {name: "127.0.0.1"}
+    assert (await status_of(keyless, **said))[0] == 403
+    assert (await status_of(keyless, client=None, **said))[0] == 403
+    opened = Access(application, None, allow_unauthenticated=True)
+    assert (await status_of(opened, **said))[0] == 200
+    assert (await status_of(keyed, authorization=f"Bearer {KEY}", **said))[0] == 200
 
 
 @pytest.mark.parametrize("client", ["127.0.0.1", "10.0.0.9", "2001:db8::1"])

@@ -44,6 +44,7 @@ def test_index_for_programs(shared: Daemon, accept: str) -> None:
     assert index["name"] == "Multi-Instance vLLM Management API"
     assert index["version"] == "2.0"
     assert ENDPOINTS.items() <= index["endpoints"].items()
+    assert index["grpc_port"] is None, "it is off"
 
 
 def test_index_for_browsers(shared: Daemon) -> None:

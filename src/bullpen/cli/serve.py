@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -182,6 +183,23 @@ def serve(
             rich_help_panel=INSTANCES,
         ),
     ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where new instances' logs go; those there are stay where they are. Default: logs in the state"
+            " directory.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
+    log_chunk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BYTES",
+            help="What GET /logs gives of a log at most. Default: 1048576, which is also the most.",
+            rich_help_panel=INSTANCES,
+        ),
+    ] = None,
     mock_gpus: Annotated[
         bool | None,
         typer.Option("--mock-gpus", help="Pretend to have GPUs named GPU-0 …", rich_help_panel=GPUS),
@@ -206,13 +224,26 @@ def serve(
       BULLPEN_ACCESS_KEY=secret bullpen serve --config /etc/bullpen.yaml
     """
     flags = {name: value for name, value in locals().items() if name != "config" and value not in (None, [])}
+    return start(flags, config)
+
+
+def start(flags: Mapping[str, Any], config: Path | None) -> int:
+    """Put the settings together, run the daemon and return its exit code.
+
+    Args:
+        flags: settings that go before the environment and the file.
+        config: the YAML file; None: the one that the environment names, if any.
+
+    Raises:
+        WrongUsageError: the settings are wrong.
+    """
     # Imports make much that stays and little garbage: looking for it meanwhile is a tenth of the daemon's start.
     gc.disable()
     try:
         from bullpen.node.settings import load
 
         settings = load(flags, config)
-        if not settings.mock_gpus and (mock_gpu_count is not None or mock_gpu_memory is not None):
+        if not settings.mock_gpus and flags.keys() & {"mock_gpu_count", "mock_gpu_memory"}:
             raise StateError("--mock-gpu-count and --mock-gpu-memory are about mock GPUs; give --mock-gpus too")
         from bullpen.daemon.serve import serve as run_daemon
     except StateError as problem:

@@ -163,11 +163,13 @@ class Readiness(Document):
     Attributes:
         engine: the engine of instances that name none.
         waiting: creates that are not answered yet.
+        grpc_port: where gRPC listens; None where it is off.
     """
 
     ready: bool = False
     engine: str | None = None
     waiting: int = 0
+    grpc_port: int | None = None
     document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bullpen.client.errors import ClientError
-from bullpen.node.statedir import default_state_dir
+from bullpen.paths import default_state_dir
 
 DEFAULT_URL = "http://127.0.0.1:8001"
 KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")

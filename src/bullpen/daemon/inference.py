@@ -17,7 +17,7 @@ from bullpen.core.instance import Instance
 from bullpen.daemon.ports import shown
 from bullpen.engines.registry import ENGINES
 from bullpen.errors import NotFoundError
-from bullpen.node.launches import STATES, model_of, task_of
+from bullpen.node.launches import model_of, state_of, task_of
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
 from bullpen.rpc.ports import Served
@@ -58,7 +58,7 @@ def served(instance: Instance) -> Served:
     environment = ChainMap(dict(instance.config.env_vars or {}), os.environ)
     return Served(
         launch_id=instance.id,
-        state=STATES[instance.state],
+        state=state_of(instance),
         task=task_of(instance),
         address=instance.address,
         served_model_name=names[0] if names else model_of(instance),
@@ -94,6 +94,11 @@ class GrpcFace:
         self._address = address
         self._starting: asyncio.Task[RpcServer | None] | None = None
         self._stopped = False
+        self._failed = False
+
+    def port(self) -> int | None:
+        """Where it listens, or is about to; None once it has failed."""
+        return None if self._failed else self._settings.port
 
     def begin(self) -> None:
         """Start in the background. What fails now is logged, and the daemon goes on without gRPC."""
@@ -112,6 +117,7 @@ class GrpcFace:
         try:
             server = await self._serve()
         except Exception as problem:  # an installation that does not fit fails in ways of its own
+            self._failed = True
             logger.error("gRPC is not served, all else is (%s: %s)", type(problem).__name__, problem)
             return None
         finally:

@@ -8,8 +8,9 @@ from bullpen.errors import StateError
 from bullpen.node.settings import Settings
 
 LAST_PORT = 65535
-TRIES = 50
-"""So many pairs of ports are looked at where any will do."""
+TRIES = 1000
+"""So many pairs of ports are looked at where any will do. Linux gives listeners odd ports and callers even ones, and
+where many short connections have been made, most of the latter are in use for a minute."""
 
 
 def take_ports(settings: Settings) -> tuple[socket.socket, socket.socket | None]:

@@ -17,10 +17,12 @@ from bullpen.errors import StateError
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
 from bullpen.rpc.settings import RpcSettings
-from bullpen.web.app import create_app
+from bullpen.web.app import create_app, no_port
 
 CLOSE_SECONDS = 2.0
 """What open connections get beyond the stop of the instances, which they may be waiting for."""
+IDLE_SECONDS = 120
+"""Callers that ask every few seconds keep their connection: one that closes just as they ask is an error to them."""
 
 
 def serve(settings: Settings) -> int:
@@ -79,10 +81,11 @@ class Server(uvicorn.Server):
         self._grpc = grpc
         super().__init__(
             uvicorn.Config(
-                create_app(settings, supervisor),
+                create_app(settings, supervisor, grpc.port if grpc is not None else no_port),
                 log_level="warning",
                 access_log=False,
                 ws="none",
+                timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=int(settings.stop_timeout + CLOSE_SECONDS),
                 server_header=False,
                 proxy_headers=False,  # who calls decides what is allowed, so nobody else may say who calls

@@ -6,29 +6,28 @@ A launch is an instance. What is said here beside that is how one is asked for, 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import shlex
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from bullpen.core.devices import Gpu
 from bullpen.core.instance import ENDED, Config, Instance, State
 from bullpen.core.operation import Doing, Stage
 from bullpen.core.public import phase_seconds, remaining_seconds
 from bullpen.core.request import split_options
-from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, NotFoundError, StuckError
+from bullpen.errors import ConflictError, InvalidRequestError, NotFoundError, StuckError
+from bullpen.node.characters import BEGUN, LONGEST_CHARACTER, owed, whole_characters
+from bullpen.node.launch_options import LaunchRefusedError, Task, command_line
 from bullpen.node.logs import MAX_CHUNK
 from bullpen.node.supervisor import Supervisor
 
 logger = logging.getLogger("bullpen")
 
 T = TypeVar("T")
-Task = Literal["generate", "embed"]
 
 FACE = "launch"
 MODEL, TASK = "launch_model", "launch_task"
@@ -39,9 +38,6 @@ ANSWER_SECONDS = 4.8
 """A stop that takes longer goes on after its answer."""
 KEPT = 100
 """So many launches that have ended are kept."""
-KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-LONGEST_CHARACTER = 4
-"""Bytes of UTF-8."""
 
 STATES: Mapping[State, str] = {
     State.STARTING: "bootstrapping",
@@ -52,10 +48,6 @@ STATES: Mapping[State, str] = {
     State.FAILED: "failed",
 }
 """The words of launches. One that sleeps takes no work and is not over: it is on its way to be ready, once woken."""
-
-
-class LaunchRefusedError(BullpenError):
-    """A launch that cannot be on this host."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +84,12 @@ class Launches:
 
     Args:
         supervisor: it has them all.
+        log_chunk: bytes of a log that are read at once, `LEAST_PIECE` at least.
     """
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, log_chunk: int = MAX_CHUNK) -> None:
         self._supervisor = supervisor
+        self._log_chunk = log_chunk
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -126,7 +120,7 @@ class Launches:
             "model": model_of(instance),
             "gpu_ids": self._gpu_ids(instance),
             "task": task_of(instance),
-            "state": STATES[instance.state],
+            "state": state_of(instance),
             "created_at": timestamp(instance.created_at),
             "updated_at": timestamp(changed_at(instance)),
             "error": instance.error.message if instance.error is not None else None,
@@ -159,7 +153,7 @@ class Launches:
         return self._supervisor.resources.gpus.list()
 
     def read_log(self, launch_id: str, offset: int) -> Piece:
-        """The log from an offset on, 1 MiB at most, cut between characters. What lies beyond its end is its end; what
+        """A piece of the log from an offset on, cut between characters. What lies beyond its end is its end; what
         the cap has dropped is passed over.
 
         Raises:
@@ -167,11 +161,13 @@ class Launches:
         """
         instance = self.find(launch_id)
         read = self._supervisor.read_log
-        chunk = read(launch_id, offset, offset + MAX_CHUNK)
+        chunk = read(launch_id, offset, offset + self._log_chunk)
         if chunk.start > offset:  # the end that was asked for may lie in what was dropped
-            chunk = read(launch_id, chunk.start, chunk.start + MAX_CHUNK)
-        before = read(launch_id, max(0, chunk.start - LONGEST_CHARACTER + 1), chunk.start).data
-        data = chunk.data[owed(before, chunk.data) :]
+            chunk = read(launch_id, chunk.start, chunk.start + self._log_chunk)
+        first = max(0, chunk.start - LONGEST_CHARACTER + 1)
+        before = read(launch_id, first, chunk.start)
+        was_dropped = before.start > first
+        data = chunk.data[owed(BEGUN + before.data if was_dropped else before.data, chunk.data) :]
         start = chunk.start + len(chunk.data) - len(data)
         is_last = instance.state in ENDED and start + len(data) == chunk.total
         if not is_last:
@@ -306,6 +302,13 @@ def task_of(instance: Instance) -> Task:
     return "embed" if instance.served is not None and instance.served.pooling else "generate"
 
 
+def state_of(instance: Instance) -> str:
+    """The word for where a launch is. One that ended by itself for a reason has failed, whatever its exit code: a
+    server whose engine has died ends with 0."""
+    crashed = instance.state is State.STOPPED and instance.error is not None
+    return STATES[State.FAILED if crashed else instance.state]
+
+
 def changed_at(instance: Instance) -> float:
     """When something was last seen to change, in seconds since the epoch."""
     times = [instance.created_at, instance.ready_at, instance.ended_at, *instance.phase_started.values()]
@@ -315,87 +318,3 @@ def changed_at(instance: Instance) -> float:
 def timestamp(seconds: float) -> str:
     """A time as RFC 3339 in UTC, with microseconds."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-# -- options -----------------------------------------------------------------------------------------------------------
-
-
-def command_line(model: str, task: Task, extra_kwargs: Mapping[str, Any], gpu_count: int) -> list[str]:
-    """The options of ``vllm serve`` that say what a launch says to ``vllm.LLM``.
-
-    Raises:
-        LaunchRefusedError: a keyword is none, or a value has no place on a command line.
-    """
-    given = {keyword(name): value for name, value in extra_kwargs.items()}
-    ours: dict[str, Any] = {"model": model}
-    if gpu_count:
-        ours["tensor_parallel_size"] = gpu_count
-    if task == "embed":
-        ours["runner"] = "pooling"
-        if "runner" not in given:
-            ours["convert"] = "embed"
-    options = ours | given
-    return [word for name, value in options.items() for word in option("--" + name.replace("_", "-"), value)]
-
-
-def keyword(name: str) -> str:
-    """A keyword as Python spells it."""
-    if KEYWORD.fullmatch(name) is None:
-        raise LaunchRefusedError("extra_kwargs has a name that is no keyword of vllm.LLM: letters, digits and _")
-    return name.replace("-", "_")
-
-
-def option(flag: str, value: Any) -> list[str]:
-    """One keyword's words; a value of None leaves the matter to vLLM."""
-    if value is None or value == []:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, list):
-        return [flag, *(word(flag, one) for one in value)]
-    text = word(flag, value)
-    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-
-
-def word(flag: str, value: Any) -> str:
-    """A value as one word of a command line."""
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError as problem:
-        raise LaunchRefusedError(f"extra_kwargs has a value for {flag} that is no JSON: {problem}") from problem
-
-
-# -- characters --------------------------------------------------------------------------------------------------------
-
-
-def owed(before: bytes, data: bytes) -> int:
-    """How many bytes at the head of ``data`` belong to a character that begins in the bytes before it."""
-    missing = length_of(before) - (len(before) - start_of(before)) if before else 0
-    return next((place for place, byte in enumerate(data[: max(0, missing)]) if not continues(byte)), max(0, missing))
-
-
-def whole_characters(data: bytes) -> bytes:
-    """The data without a character at its end that is not all there."""
-    start = start_of(data)
-    return data[:start] if data and length_of(data) > len(data) - start else data
-
-
-def start_of(data: bytes) -> int:
-    """Where the last character of some bytes begins."""
-    for start in range(len(data) - 1, max(-1, len(data) - LONGEST_CHARACTER), -1):
-        if not continues(data[start]):
-            return start
-    return max(0, len(data) - 1)
-
-
-def length_of(data: bytes) -> int:
-    """How many bytes the last character of some bytes must have; 1 where it is none."""
-    first = data[start_of(data)]
-    return 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0) if first < 0xF5 else 1
-
-
-def continues(byte: int) -> bool:
-    """Whether a byte is inside a character of UTF-8."""
-    return byte & 0xC0 == 0x80

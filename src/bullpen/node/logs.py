@@ -35,18 +35,28 @@ class Logs:
     """The logs of one state directory.
 
     Args:
-        folder: where they lie.
+        folder: where they lie, or a link to each that lies elsewhere. So all are found wherever an earlier daemon was
+            told to put them.
         cap: bytes of a log that are kept on disk; 0 keeps all.
+        place: where new ones are put; None for `folder`.
     """
 
-    def __init__(self, folder: Path, cap: int) -> None:
+    def __init__(self, folder: Path, cap: int, place: Path | None = None) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder.resolve()  # as the kernel names it, which is how processes that write there are told
+        self._place = place.resolve() if place is not None else self._folder
         self._cap = cap
         self._dropped: dict[str, int] = {}
 
     def path(self, key: str) -> Path:
-        """The log of the instance with that key."""
+        """The log of the instance with that key, where it lies."""
+        entry = self._entry(key)
+        try:
+            return Path(os.readlink(entry))
+        except OSError:
+            return entry
+
+    def _entry(self, key: str) -> Path:
         return self._folder / f"{key}.log"
 
     def create(self, key: str) -> int:
@@ -55,17 +65,21 @@ class Logs:
         Raises:
             LaunchError: it cannot be created.
         """
+        entry = self._entry(key)
         try:
-            return os.open(self.path(key), os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            if self._place != self._folder and not os.path.lexists(entry):
+                entry.symlink_to(self._place / entry.name)
+            return os.open(entry, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as problem:
             raise LaunchError(
-                f"no log can be written below {self._folder}: {problem.strerror}; make room there"
+                f"no log can be written below {self.path(key).parent}: {problem.strerror}; make room there"
             ) from problem
 
     def remove(self, key: str) -> None:
         """Remove a log."""
         self._dropped.pop(key, None)
         self.path(key).unlink(missing_ok=True)
+        self._entry(key).unlink(missing_ok=True)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Chunk:
         """Read bytes from ``start`` up to and not including ``end``, `MAX_CHUNK` at most.
@@ -73,7 +87,7 @@ class Logs:
         Where the oldest bytes are gone, reading begins with the first one kept.
         """
         try:
-            descriptor = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._entry(key), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return Chunk(b"", 0, 0)
         try:
@@ -117,7 +131,7 @@ class Logs:
         if not self._cap:
             return
         try:
-            descriptor = os.open(self.path(key), os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(self._entry(key), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return
         try:

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bullpen.core.roster import Limits, Patience
 from bullpen.errors import StateError
-from bullpen.node.statedir import default_state_dir
+from bullpen.node.characters import LEAST_PIECE
+from bullpen.node.logs import MAX_CHUNK
+from bullpen.paths import default_state_dir
 
 PREFIX = "BULLPEN_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT]i?B?)?", re.IGNORECASE)
@@ -59,6 +61,10 @@ class Settings(BaseModel):
     spares: int = Field(1, ge=0, le=64, description="processes forked ahead")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="of the daemon")
     log_cap: int = Field(256 * 1024 * 1024, ge=0, description="bytes kept of each instance's log; 0 keeps all")
+    log_dir: Path | None = Field(None, description="where new instances' logs go; None: `logs` in the state directory")
+    log_chunk: int = Field(
+        MAX_CHUNK, ge=LEAST_PIECE, le=MAX_CHUNK, description="bytes of a launch's log that a reply has at most"
+    )
 
     @field_validator("allow_env", mode="before")
     @classmethod
@@ -77,7 +83,13 @@ class Settings(BaseModel):
             raise ValueError("give a number of MiB, or text such as 512MiB, 64GiB or 1TiB")
         return int(float(match[1]) * UNITS[(match[2] or "m").lower()[0]])
 
-    @field_validator("state_dir", "access_key_file", "grpc_tls_cert", "grpc_tls_key")
+    @field_validator("access_key")
+    @classmethod
+    def _trim(cls, value: str | None) -> str | None:
+        """Callers' keys are trimmed too. A blank one is none."""
+        return value.strip() or None if value is not None else None
+
+    @field_validator("state_dir", "log_dir", "access_key_file", "grpc_tls_cert", "grpc_tls_key")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()

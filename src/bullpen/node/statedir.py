@@ -17,10 +17,22 @@ LONGEST_SOCKET_FOLDER = 56
 """Bytes: a Unix socket's path has 107 at most; an instance's key and vLLM's own names take 50 of them."""
 
 
-def default_state_dir() -> Path:
-    """``$XDG_STATE_HOME/bullpen``, as the XDG base directory specification has it."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "bullpen"
+def make_log_dir(folder: Path) -> Path:
+    """A folder for the instances' logs that is not the state directory's own; made where it is missing.
+
+    Raises:
+        StateError: it cannot be made or written.
+    """
+    path = folder.absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as problem:
+        raise StateError(
+            f"the folder for logs {path} cannot be used: {problem.strerror or problem};"
+            " make it writable, or give another one with --log-dir"
+        ) from problem
 
 
 class StateDir:
@@ -65,7 +77,7 @@ class StateDir:
 
     @property
     def logs(self) -> Path:
-        """Where the instances' logs are."""
+        """Where logs are, or links to those that a setting has elsewhere."""
         return self.path / "logs"
 
     @property

@@ -40,7 +40,7 @@ from bullpen.node.logs import Chunk, Logs
 from bullpen.node.ports import Ports
 from bullpen.node.resources import Resources
 from bullpen.node.settings import Settings
-from bullpen.node.statedir import StateDir
+from bullpen.node.statedir import StateDir, make_log_dir
 from bullpen.node.trees import Trees
 from bullpen.node.zygotes import Zygotes
 
@@ -70,6 +70,7 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.engine = choose_engine(settings)
+        self._log_dir = make_log_dir(settings.log_dir) if settings.log_dir is not None else None
         self._state = StateDir(settings.state_dir)
         self._events: deque[ev.Event] = deque()
         self._handling = False
@@ -117,7 +118,7 @@ class Supervisor:
             state=self._state,
             journal=journal,
             bus=Bus(revision, events),
-            logs=Logs(self._state.logs, self.settings.log_cap),
+            logs=Logs(self._state.logs, self.settings.log_cap, self._log_dir),
             ports=Ports(),
             cgroups=cgroups,
             trees=Trees(cgroups),

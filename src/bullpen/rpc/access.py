@@ -1,16 +1,12 @@
 """Who may call: callers with the key; where no key is set, callers on this host, unless told otherwise.
 
-`grpc.health.v1.Health/Check` answers anyone, as probes send no key.
+The rule is `bullpen.access`, the REST API's too. `grpc.health.v1.Health/Check` answers anyone, as probes send no key.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
-import hmac
 import inspect
-import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -18,13 +14,11 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
+from bullpen.access import REMOTE, has_key, is_loopback, is_proxied
+
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check"})
 
 UNAUTHENTICATED = "Invalid or missing access key"
-REMOTE = (
-    "this daemon has no access key and answers callers on its own host alone; set BULLPEN_ACCESS_KEY for it, or start"
-    " it with --allow-unauthenticated behind a network policy"
-)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -41,6 +35,7 @@ class Access(grpc.aio.ServerInterceptor):
     def __init__(self, key: str | None, allow_unauthenticated: bool = False) -> None:
         self._key = key.strip().encode() if key and key.strip() else None
         self._open = allow_unauthenticated
+        self._guarded: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
@@ -52,35 +47,34 @@ class Access(grpc.aio.ServerInterceptor):
             return await continuation(handler_call_details)
         if self._key is not None:
             allowed = any(
-                name == "authorization" and has_key(value, self._key)
+                name == "authorization" and has_key(value if isinstance(value, bytes) else value.encode(), self._key)
                 for name, value in handler_call_details.invocation_metadata
             )
-            return await continuation(handler_call_details) if allowed else _REFUSAL
+            return await continuation(handler_call_details) if allowed else _WITHOUT_KEY
+        if self._open:
+            return await continuation(handler_call_details)
+        if is_proxied(name for name, _ in handler_call_details.invocation_metadata):
+            return _THROUGH_PROXY
         handler = await continuation(handler_call_details)
-        return handler if self._open or handler is None else _for_own_host(handler)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if method not in self._guarded:
+            self._guarded[method] = _for_own_host(handler)
+        return self._guarded[method]
 
 
-def has_key(authorization: str | bytes, key: bytes) -> bool:
-    """Whether a header carries the key, as a Bearer token or as the password of HTTP Basic; in constant time."""
-    header = authorization if isinstance(authorization, bytes) else authorization.encode()
-    scheme, _, credentials = header.strip().partition(b" ")
-    given = b""
-    if scheme.lower() == b"bearer":
-        given = credentials
-    elif scheme.lower() == b"basic":
-        try:
-            given = base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
-        except binascii.Error:
-            given = b""
-    return hmac.compare_digest(given.strip(), key)
+def _refusing(code: grpc.StatusCode, details: str) -> Handler:
+    """A handler that fits every method: it reads no request and sends no answer."""
+
+    async def refuse(requests: AsyncIterator[Any], context: Context) -> None:
+        await context.abort(code, details)
+
+    return grpc.stream_stream_rpc_method_handler(refuse, bytes, bytes)
 
 
-async def _refuse(requests: AsyncIterator[Any], context: Context) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNAUTHENTICATED)
-
-
-# Fits every method: it reads no request and sends no answer.
-_REFUSAL: Handler = grpc.stream_stream_rpc_method_handler(_refuse, bytes, bytes)
+_WITHOUT_KEY = _refusing(grpc.StatusCode.UNAUTHENTICATED, UNAUTHENTICATED)
+_THROUGH_PROXY = _refusing(grpc.StatusCode.PERMISSION_DENIED, REMOTE)
 
 
 def _for_own_host(handler: Handler) -> Handler:
@@ -111,9 +105,4 @@ def is_own_host(peer: str) -> bool:
     family, _, rest = unquote(peer).partition(":")
     if family not in ("ipv4", "ipv6"):
         return family == "unix"
-    try:
-        address = ipaddress.ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
+    return is_loopback(rest.rpartition(":")[0].strip("[]"))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import TracebackType
+
 import grpc
 
 from bullpen.errors import BullpenError
+from bullpen.rpc.access import Context
 from bullpen.rpc.ports import Launches, Served, Task
 from bullpen.rpc.upstream import LostError, RefusedError
 
 LONGEST_DETAILS = 2000
 """In bytes. All that goes with a status must fit in 16 KiB, where a byte may take three."""
+
+ENGINE_DIED = "EngineCore encountered an issue."
+"""How vLLM's server refuses requests once its engine has died, in the moment before it ends itself."""
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -30,6 +37,33 @@ class CallError(BullpenError):
         self.code = code
 
 
+class Reported:
+    """A context that ends a call with a status where something goes wrong in it.
+
+    A class, as one that is made of a generator costs each call several times as much.
+
+    Args:
+        context: of the call.
+        told: what its caller is told of a request that failed.
+    """
+
+    def __init__(self, context: Context, told: Callable[[RefusedError | LostError], CallError]) -> None:
+        self._context = context
+        self._told = told
+
+    async def __aenter__(self) -> None:
+        """Nothing is to be done before."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the call."""
+        if isinstance(problem, RefusedError | LostError):
+            problem = self._told(problem)
+        if isinstance(problem, CallError):
+            await self._context.abort(problem.code, str(problem))
+
+
 def shorten(text: str) -> str:
     """A text on one line, without a traceback's frames, and no longer than a status can carry."""
     lines = text.strip().splitlines()
@@ -40,8 +74,8 @@ def shorten(text: str) -> str:
     return data[:LONGEST_DETAILS].decode(errors="ignore") + " …"
 
 
-def admit(launches: Launches, launch_id: str, task: Task, word: str = "Launch") -> Served:
-    """The launch that a call is for; `word` is what its caller calls it.
+def admit(launches: Launches, launch_id: str, task: Task | None, word: str = "Launch") -> Served:
+    """The launch that a call is for; any task will do where that is None. `word` is what its caller calls it.
 
     Raises:
         CallError: there is none, it is not ready, or its model does other work.
@@ -51,7 +85,7 @@ def admit(launches: Launches, launch_id: str, task: Task, word: str = "Launch") 
         raise CallError(grpc.StatusCode.NOT_FOUND, f"Unknown {word.lower()}_id: {launch_id}")
     if served.state != "ready":
         raise _not_ready(served, word)
-    if served.task != task:
+    if task is not None and served.task != task:
         text = f"{word} {launch_id} has task '{served.task}', expected '{task}'"
         raise CallError(grpc.StatusCode.FAILED_PRECONDITION, text)
     return served
@@ -59,6 +93,7 @@ def admit(launches: Launches, launch_id: str, task: Task, word: str = "Launch") 
 
 def bootstrap_failure(launches: Launches, launch_id: str, work: str, problem: RefusedError | LostError) -> CallError:
     """What the original's callers are told of a failed request; `work` is what failed, as `Generation`."""
+    problem = _meant(problem)
     if lost := _ended(launches, launch_id, problem, "Launch"):
         return lost
     if isinstance(problem, LostError):
@@ -69,12 +104,20 @@ def bootstrap_failure(launches: Launches, launch_id: str, work: str, problem: Re
 
 def failure(launches: Launches, instance_id: str, problem: RefusedError | LostError) -> CallError:
     """What callers of our own service are told of a failed request."""
+    problem = _meant(problem)
     if lost := _ended(launches, instance_id, problem, "Instance"):
         return lost
     if isinstance(problem, LostError):
         text = f"Instance {instance_id} does not answer: {problem}; its log may say why"
         return CallError(grpc.StatusCode.UNAVAILABLE, text)
     return CallError(_CODES.get(problem.status, grpc.StatusCode.INTERNAL), str(problem))
+
+
+def _meant(problem: RefusedError | LostError) -> RefusedError | LostError:
+    """The same problem, but a refusal by a server whose engine has died is the loss of that server."""
+    if isinstance(problem, RefusedError) and str(problem).startswith(ENGINE_DIED):
+        return LostError("its engine has died")
+    return problem
 
 
 def _ended(launches: Launches, launch_id: str, problem: RefusedError | LostError, word: str) -> CallError | None:

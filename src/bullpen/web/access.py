@@ -16,27 +16,20 @@ no                   remote, or behind a proxy    403, unless ``--allow-unauthen
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hmac
-import ipaddress
 import json
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bullpen.access import REMOTE, has_key, is_key, is_loopback, is_proxied
+
 OPEN_PATHS = frozenset({"/health", "/ready"})
-PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "localhost.localdomain"})
 
 UNAUTHORIZED = (
     "this daemon needs its access key: send `Authorization: Bearer KEY`, `X-API-Key: KEY`, or HTTP Basic with the key"
     " as password"
-)
-REMOTE = (
-    "this daemon has no access key and answers callers on its own host alone; set BULLPEN_ACCESS_KEY for it, or start"
-    " it with --allow-unauthenticated behind a network policy"
 )
 FORGED = "Host or Origin names another host; without an access key only this host's own programs are answered"
 
@@ -71,12 +64,12 @@ class Access:
         """Why a request is not served: status and sentence."""
         headers = Headers(scope=scope)
         if self._key is not None:
-            given = has_key(headers.get("authorization", ""), self._key)
-            return None if given or is_key(headers.get("x-api-key", ""), self._key) else (401, UNAUTHORIZED)
+            authorization, given = (headers.get(name, "").encode("latin-1") for name in ("authorization", "x-api-key"))
+            return None if has_key(authorization, self._key) or is_key(given, self._key) else (401, UNAUTHORIZED)
         if self._open:
             return None
-        # A proxy on this host speaks for whoever it names, or hides.
-        if not is_loopback((scope.get("client") or ("", 0))[0]) or any(name in headers for name in PROXY_HEADERS):
+        peer = (scope.get("client") or ("", 0))[0]
+        if is_proxied(headers.keys()) or (peer and not is_loopback(peer)):  # a Unix socket has no address
             return 403, REMOTE
         origin = headers.get("origin")
         local = is_local_authority(headers.get("host", "")) and (origin is None or is_local_origin(origin))
@@ -91,37 +84,6 @@ async def refuse(send: Send, status: int, detail: str) -> None:
         headers.append((b"www-authenticate", b'Basic realm="bullpen", charset="UTF-8"'))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def has_key(authorization: str, key: bytes) -> bool:
-    """Whether a header carries the key, as a Bearer token or as the password of HTTP Basic; in constant time."""
-    scheme, _, credentials = authorization.partition(" ")
-    given = credentials.strip().encode("latin-1", "replace")
-    if scheme.lower() == "basic":
-        try:
-            given = base64.b64decode(given, validate=True).partition(b":")[2]
-        except binascii.Error:
-            given = b""
-    elif scheme.lower() != "bearer":
-        given = b""
-    return hmac.compare_digest(given, key)
-
-
-def is_key(value: str, key: bytes) -> bool:
-    """Whether a header's value is the key; in constant time."""
-    return hmac.compare_digest(value.strip().encode("latin-1", "replace"), key)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this host's loopback. A Unix socket has none and counts."""
-    if not host:
-        return True
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host in LOCAL_NAMES
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
 def is_local_authority(authority: str) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Any
@@ -31,12 +31,19 @@ vLLM servers, forked from a warm parent in under a second, and managed over REST
 """
 
 
-def create_app(settings: Settings, supervisor: Supervisor | None = None) -> FastAPI:
+def no_port() -> None:
+    """Where gRPC is while it is off."""
+
+
+def create_app(
+    settings: Settings, supervisor: Supervisor | None = None, grpc_port: Callable[[], int | None] = no_port
+) -> FastAPI:
     """The daemon as an ASGI application.
 
     Args:
         settings: the daemon's settings.
         supervisor: one that has started; where None, the application starts one. Its end is the application's.
+        grpc_port: says which port gRPC has, and None while it has none.
     """
 
     @asynccontextmanager
@@ -45,7 +52,7 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         if supervisor is None:
             await serving.start()
         app.state.supervisor = serving
-        app.state.launches = Launches(serving)
+        app.state.launches = Launches(serving, settings.log_chunk)
         app.state.host_stats = HostStats(serving.resources)
         warm = asyncio.ensure_future(announce_warm(serving))
         try:
@@ -68,6 +75,7 @@ def create_app(settings: Settings, supervisor: Supervisor | None = None) -> Fast
         redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
+    app.state.grpc_port = grpc_port
     for face in (system, v2, sleep, swap, launches, v1):
         app.include_router(face.router)
     errors.install(app)

@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse, Response
 
 from bullpen.core.book import Hold
 from bullpen.node.host_stats import HostStats
-from bullpen.node.launches import Launches, LaunchRefusedError, Wanted, timestamp
+from bullpen.node.launch_options import LaunchRefusedError
+from bullpen.node.launches import Launches, Wanted, timestamp
 from bullpen.web import launch_models as models
 from bullpen.web.errors import documented
 from bullpen.web.v2 import supervisor_of
@@ -66,7 +67,8 @@ async def logs(
     launch_id: str,
     offset: Annotated[int, Query(ge=0, description="the first byte; beyond the end means the end")] = 0,
 ) -> Response:
-    """A piece of a launch's log, 1 MiB at most; `next_offset` is where to go on, once there is more."""
+    """A piece of a launch's log, 1 MiB at most, or less where the daemon was told so; `next_offset` is where to go on,
+    once there is more."""
     piece = launches_of(request).read_log(launch_id, offset)
     document = {"offset": piece.offset, "next_offset": piece.next_offset, "content": piece.content}
     return JSONResponse({"launch_id": launch_id, **document})

@@ -48,10 +48,10 @@ INDEX = {
 
 @router.get("/", summary="What this is; a browser gets the page")
 async def index(request: Request) -> Response:
-    """The name, the version and the endpoints."""
+    """The name, the version, the endpoints, and the port of gRPC, null where that is off."""
     if "text/html" in request.headers.get("accept", ""):
         return HTMLResponse(resources.files("bullpen.web").joinpath("page.html").read_text(encoding="utf-8"))
-    return JSONResponse(INDEX)
+    return JSONResponse({**INDEX, "grpc_port": request.app.state.grpc_port()})
 
 
 @router.get("/docs", include_in_schema=False)
@@ -73,7 +73,8 @@ async def health() -> Response:
     summary="The daemon can launch: its warm parent is up",
 )
 async def ready(request: Request) -> Response:
-    """Answer anyone; say how far each zygote is to those who may know."""
+    """Answer anyone; say how far each zygote is, and where gRPC is, to those who may know."""
     readiness = supervisor_of(request).readiness()
-    shown = readiness if request.scope.get("bullpen_admin") else {"ready": readiness["ready"]}
+    everything = {**readiness, "grpc_port": request.app.state.grpc_port()}
+    shown = everything if request.scope.get("bullpen_admin") else {"ready": readiness["ready"]}
     return JSONResponse(shown, 200 if readiness["ready"] else 503)

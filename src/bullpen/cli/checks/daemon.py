@@ -31,6 +31,7 @@ def check_daemon(settings: Settings, url: str | None, access_key: str | None) ->
         return running
     return [
         *check_state_dir(settings.state_dir),
+        *(check_log_dir(settings.log_dir) if settings.log_dir is not None else []),
         check_own_port(url) if url else check_port(settings),
         *running,
         *check_left_over(settings.state_dir),
@@ -48,8 +49,8 @@ def is_local(url: str) -> bool:
 def check_state_dir(folder: Path) -> list[Finding]:
     """Can the daemon keep its state?"""
     subject = "state directory"
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    existing = nearest(folder)
+    if not is_writable(existing):
         advice = f"make {existing} a folder that you can write to, or give another one with --state-dir"
         return [problem(subject, f"{folder} cannot be written", advice)]
     findings = [ok(subject, f"{folder}{'' if folder.exists() else ', made at the first start'}")]
@@ -57,11 +58,38 @@ def check_state_dir(folder: Path) -> list[Finding]:
     if existing == folder and mode & 0o077:
         advice = f"`chmod 700 {folder}`; the daemon does so when it starts"
         findings = [warning(subject, f"{folder} is open to others (mode {mode:04o})", advice)]
+    advice = "logs and journal need room: remove something there, or give another place with --state-dir"
+    return [*findings, check_room("disk", existing, advice)]
+
+
+def check_log_dir(folder: Path) -> list[Finding]:
+    """Can logs be kept where they are to be?"""
+    subject = "folder for logs"
+    existing = nearest(folder)
+    if not is_writable(existing):
+        advice = f"make {existing} a folder that you can write to, or give another one with --log-dir"
+        return [problem(subject, f"{folder} cannot be written", advice)]
+    advice = "logs need room: remove something there, or give another place with --log-dir"
+    found = ok(subject, f"{folder}{'' if folder.exists() else ', made at the first start'}")
+    return [found, check_room("disk for logs", existing, advice)]
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or what there is of its path."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def is_writable(existing: Path) -> bool:
+    """Whether it is a folder in which this user can make files."""
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def check_room(subject: str, existing: Path, advice: str) -> Finding:
+    """Is there room left on the disk of a folder?"""
     free = shutil.disk_usage(existing).free
     if free < GIB:
-        advice = "logs and journal need room: remove something there, or give another place with --state-dir"
-        return [*findings, (problem if free < GIB // 16 else warning)("disk", f"{free >> 20} MiB are free", advice)]
-    return [*findings, ok("disk", f"{free / GIB:.1f} GiB are free")]
+        return (problem if free < GIB // 16 else warning)(subject, f"{free >> 20} MiB are free", advice)
+    return ok(subject, f"{free / GIB:.1f} GiB are free")
 
 
 def check_port(settings: Settings) -> Finding:
@@ -127,7 +155,8 @@ def check_running(url: str | None, access_key: str | None) -> list[Finding]:
         return [warning("daemon", str(trouble), "with the key, doctor can say more")]
     except ClientError as trouble:
         return [problem("daemon", str(trouble), "look at what listens there, and at what the daemon prints")]
-    findings = [ok("daemon", f"answers at {client.url}{', ready' if readiness.ready else ', not ready yet'}")]
+    grpc = f", gRPC at port {readiness.grpc_port}" if readiness.grpc_port else ""
+    findings = [ok("daemon", f"answers at {client.url}{grpc}{', ready' if readiness.ready else ', not ready yet'}")]
     for zygote in readiness.zygotes:
         if zygote.state == "broken":
             advice = "its zygote's log in the state directory may say why; start the daemon again when that is mended"
@@ -151,7 +180,10 @@ def check_left_over(folder: Path) -> list[Finding]:
     """Where no daemon uses the state directory: do processes of an earlier one live on?"""
     if is_locked(folder / "daemon.pid"):
         return []
-    pids = [pid for pid in psutil.pids() if writes_into(pid, folder / "logs")]
+    logs = folder / "logs"
+    elsewhere = {link.resolve() for link in logs.glob("*.log") if link.is_symlink()}
+    outputs = {pid: output for pid in psutil.pids() if (output := output_of(pid)) is not None}
+    pids = [pid for pid, output in outputs.items() if output.parent == logs or output in elsewhere]
     if not pids:
         return []
     shown = ", ".join(map(str, pids[:SHOWN])) + (" …" if len(pids) > SHOWN else "")
@@ -174,9 +206,9 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def writes_into(pid: int, logs: Path) -> bool:
-    """Whether a process has its output in a folder of logs."""
+def output_of(pid: int) -> Path | None:
+    """The file that a process writes its output to, as the kernel names it."""
     try:
-        return Path(os.readlink(f"/proc/{pid}/fd/1")).parent == logs
+        return Path(os.readlink(f"/proc/{pid}/fd/1"))
     except OSError:
-        return False
+        return None
