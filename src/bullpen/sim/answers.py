@@ -44,13 +44,14 @@ class Answer(ABC):
         """What a stream begins with, before the first token."""
         return []
 
-    def piece(self, index: int, token: str, reason: str | None) -> Json:
-        """One token of a stream; the last one comes with the reason why it is the last."""
-        return self._piece([{"index": index, **self._token(token), **_end(reason)}])
+    def piece(self, index: int, token: str, reason: str | None, made: int) -> Json:
+        """One token of a stream, the `made`th of its prompt; the last one comes with the reason why it is the last."""
+        return self._piece({**self._token(token), **_end(reason)}, index, made)
 
     def usage_piece(self, made: int) -> Json:
         """The last piece of a stream whose client asked for the usage."""
-        return {**self._piece([]), "usage": self._usage(made), "system_fingerprint": FINGERPRINT}
+        content = {**self._identity, "object": self.piece_kind, "choices": []}
+        return {**content, "usage": self._usage(made), "system_fingerprint": FINGERPRINT}
 
     @abstractmethod
     def _text(self, text: str) -> Json:
@@ -60,13 +61,14 @@ class Answer(ABC):
     def _token(self, token: str) -> Json:
         """The part of a choice that holds one token."""
 
-    def _piece(self, choices: list[Json]) -> Json:
-        return {**self._identity, "object": self.piece_kind, "choices": choices}
+    def _piece(self, choice: Json, index: int, made: int) -> Json:
+        content: Json = {**self._identity, "object": self.piece_kind, "choices": [{"index": index, **choice}]}
+        if self.request.continuous_usage:  # of this prompt alone, unlike what comes at the end
+            content["usage"] = _counts(self.request.prompts[index].tokens, made)
+        return content
 
     def _usage(self, made: int) -> Json:
-        prompt_tokens = sum(prompt.tokens for prompt in self.request.prompts)
-        made *= len(self.request.prompts)
-        return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + made, "completion_tokens": made}
+        return _counts(sum(prompt.tokens for prompt in self.request.prompts), made * len(self.request.prompts))
 
 
 class CompletionAnswer(Answer):
@@ -91,7 +93,7 @@ class ChatAnswer(Answer):
 
     def opening(self) -> list[Json]:
         """The role comes before the first token."""
-        return [self._piece([{"index": 0, "delta": {"role": "assistant", "content": ""}, **_end(None)}])]
+        return [self._piece({"delta": {"role": "assistant", "content": ""}, **_end(None)}, 0, 0)]
 
     def _text(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None, "reasoning": None}}
@@ -120,9 +122,8 @@ def embeddings(request: EmbeddingRequest, model: str, name: str, wrong: bool) ->
         packed = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         data.append({"index": index, "object": "embedding", "embedding": packed if request.base64 else values})
     count = sum(text.tokens for text in request.inputs)
-    counts = {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0}
     identity = {"id": f"embd-{os.urandom(8).hex()}", "created": int(time.time()), "model": name}
-    return {**identity, "object": "list", "data": data, "usage": counts}
+    return {**identity, "object": "list", "data": data, "usage": _counts(count, 0)}
 
 
 def tokenization(request: TokenizeRequest, max_model_len: int) -> Json:
@@ -134,6 +135,10 @@ def tokenization(request: TokenizeRequest, max_model_len: int) -> Json:
         "tokens": [token_number(word) for word in words],
         "token_strs": words if request.return_token_strings else None,
     }
+
+
+def _counts(prompt_tokens: int, made: int) -> Json:
+    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + made, "completion_tokens": made}
 
 
 def _end(reason: str | None) -> Json:

@@ -37,13 +37,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A request for a completion or a chat completion; `model` is None where the body names none."""
+    """A request for a completion or a chat completion; `model` is None where the body names none.
+
+    A stream ends with the usage where `include_usage` says so, and has it in every piece with `continuous_usage`.
+    """
 
     model: str | None
     prompts: tuple[Prompt, ...]
     max_tokens: int
     stream: bool
     include_usage: bool
+    continuous_usage: bool
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,14 @@ def _generate_request(body: Json, prompts: tuple[Prompt, ...], limits: tuple[str
     max_tokens = next((limit for name in limits if (limit := _integer(body, name)) is not None), DEFAULT_MAX_TOKENS)
     if max_tokens < 1:
         raise ApiError(400, f"max_tokens must be at least 1, got {max_tokens}.", parameter="max_tokens")
+    include_usage = _flag(options or {}, "include_usage")
     return GenerateRequest(
         model=_text(body, "model"),
         prompts=prompts,
         max_tokens=max_tokens,
         stream=_flag(body, "stream"),
-        include_usage=_flag(options or {}, "include_usage"),
+        include_usage=include_usage,
+        continuous_usage=_flag(options or {}, "continuous_usage_stats") and include_usage,
     )
 
 

@@ -65,11 +65,11 @@ class Writer:
                         reason = "length" if position + 1 == request.max_tokens else None
                         for index, pair in enumerate(pairs):
                             tokens = [next(text) for text in pair]
-                            yield _event(answer.piece(index, tokens[wrong], reason))
+                            yield _event(answer.piece(index, tokens[wrong], reason, position + 1))
                     sent = made
                 if sent < request.max_tokens:
                     for index in range(len(pairs)):
-                        yield _event(answer.piece(index, "", "abort"))
+                        yield _event(answer.piece(index, "", "abort", sent))
                 if request.include_usage:
                     yield _event(answer.usage_piece(sent))
         except EngineDeadError as error:
