@@ -25,14 +25,22 @@ tidy engine-cpu.txt "vLLM's CPU build and all it needs."
 echo "$torch" >>engine-cpu.txt
 
 # One environment holds an engine, Bullpen and the tools, so the sets agree wherever two of them name a package.
-engine=$(mktemp)
-trap 'rm -f "$engine"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+engine=$scratch/engine.txt
 grep -vE '^torch==' engine-cpu.txt >"$engine"
 
 "$uv" pip compile "${options[@]}" -c "$engine" ../pyproject.toml -o bullpen.txt
 tidy bullpen.txt 'What Bullpen itself needs.'
 
-"$uv" pip compile "${options[@]}" -c "$engine" -c bullpen.txt --overrides dev.overrides --group ../pyproject.toml:dev -o dev.txt
+# Not by --group: uv leaves the groups of a project alone that is not its own to manage.
+python3 - >"$scratch/dev.in" <<'CODE'
+import tomllib
+
+with open("../pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["dependency-groups"]["dev"], sep="\n")
+CODE
+"$uv" pip compile "${options[@]}" -c "$engine" -c bullpen.txt --overrides dev.overrides "$scratch/dev.in" -o dev.txt
 tidy dev.txt 'Tools for tests and checks.'
 
 "$uv" pip compile "${options[@]}" -c bullpen.txt -c dev.txt --overrides engine-cuda.overrides engine-cuda.in -o engine-cuda.txt
