@@ -81,13 +81,12 @@ class Actuation:
 
     async def _drain(self, instance: Instance, effect: fx.Drain) -> ev.Event:
         try:
-            left = await self._control.drain(instance, effect.seconds, "refuse" if effect.refuse else "hold")
+            seen = await self._control.drain(instance, effect.seconds, "refuse" if effect.refuse else "hold")
         except EngineCallError:
             with suppress(EngineCallError):
                 await self._control.set_gate(instance, "open")
             raise
-        idle = (await self._control.activity(instance)).idle_seconds
-        return ev.Drained(effect.id, effect.operation, left, idle)
+        return ev.Drained(effect.id, effect.operation, seen.in_flight, seen.idle_seconds)
 
     async def send_away(self, instance: Instance) -> None:
         """Have a server that is about to be killed refuse those whom its gate holds: a 503 says more than a connection
