@@ -33,7 +33,7 @@ def test_stop_of_a_server_that_obeys() -> None:
     ]
     assert (instance.state, instance.revision) == (State.STOPPED, 2)
     assert scene.fleet.instances == {}
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_stop_of_a_server_that_does_not_obey() -> None:
@@ -125,7 +125,7 @@ def test_stuck_tree_is_reported_and_stays() -> None:
     assert instance.running, "its server process lives, and says so"
     assert instance.error is not None
     assert instance.error.kind is CrashClass.STUCK
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     assert scene.published() == [("CREATED", "a")]
 
 
@@ -184,4 +184,4 @@ def test_kill_that_was_not_asked_for_has_no_outcome() -> None:
     scene.timer("stop")
     scene.tree_stuck()
     assert scene.tree_gone() == scene.tree_stuck() == []
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
