@@ -33,7 +33,7 @@ bench: install ## measure starts and memory, and print the tables
 test: tools ## run every test, with the real engine too
 	$(BIN)/python -m pytest $(ARGS)
 
-FAST := $(addprefix tests/,core engines gate sim node zygote demo test_layers.py test_requirements.py)
+FAST := $(addprefix tests/,core engines gate node zygote demo test_layers.py test_requirements.py)
 test-fast: tools ## run the rooms' own tests, in under a minute
 	$(BIN)/python -m pytest -m 'not real and not slow' $(FAST) $(ARGS)
 

@@ -18,7 +18,7 @@ from bullpen.cli.checks.software import Interpreter
 from bullpen.client import BullpenClient, Gpu
 from bullpen.core.devices import GpuProcess, MemoryUse
 from bullpen.errors import StateError
-from bullpen.node.gpus import mock_gpus
+from bullpen.node.mock_gpus import describe_mock
 from bullpen.node.settings import Settings
 from tests.support.daemon import Daemon, wait_until
 
@@ -157,7 +157,7 @@ def test_processes_of_a_killed_daemon_are_found(
 
 
 def reported(count: int) -> list[Gpu]:
-    return [gpus.as_reported(gpu, MemoryUse(81920, 80000), None) for gpu in mock_gpus(count)]
+    return [gpus.as_reported(gpu, MemoryUse(81920, 80000), None) for gpu in map(describe_mock, range(count))]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_mock_gpus_fit_every_build_of_vllm() -> None:
 
 
 def test_strangers_that_hold_memory_and_silent_gpus_are_warnings() -> None:
-    first, second = mock_gpus(2)
+    first, second = describe_mock(0), describe_mock(1)
     use = MemoryUse(81920, 80000, (GpuProcess(4711, 1920, "python3"), GpuProcess(12, None, "")))
     found = [gpus.as_reported(first, use, None), gpus.as_reported(second, None, "the driver does not say")]
     seen = [(finding.level, finding.text) for finding in gpus.describe(found, "end it")]
@@ -189,13 +189,11 @@ def test_strangers_that_hold_memory_and_silent_gpus_are_warnings() -> None:
 class Library:
     """Stands for the driver's library."""
 
-    gpus = mock_gpus(1)
-
     def driver_version(self) -> str | None:
         return "570.1"
 
     def list_gpus(self) -> list[Any]:
-        return self.gpus
+        return [describe_mock(0)]
 
     def memory(self, uuid: str) -> MemoryUse:
         return MemoryUse(81920, 81000, (GpuProcess(4711, 920, "python3"),))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from bullpen.cli import main
 from bullpen.cli.asking import AskError, Server, same_answer
 from bullpen.cli.validate import find_key
-from bullpen.cli.validating import Outcome, Step, Validation, is_well, verdict
-from bullpen.client import BullpenClient, Explanation, Instance, Readiness, Refused
+from bullpen.cli.validating import LONGEST_WHY, Outcome, Step, Validation, is_well, one_line, verdict
+from bullpen.client import BullpenClient, ConnectionFailed, Explanation, Instance, Readiness, Refused
 from tests.cli.terminal import Terminal
 
 Output = pytest.CaptureFixture[str]
@@ -49,10 +50,11 @@ def test_people_read_a_table(client: BullpenClient, capsys: Output) -> None:
     client.create("--model m", instance_id="validate-tiny")
     assert main(["validate", "org/tiny"]) == 0
     shown = capsys.readouterr()
-    heading, *rows, said = shown.out.splitlines()
+    heading, *rows, stored, said = shown.out.splitlines()
     assert heading.split() == ["STEP", "VERDICT", "TIME", "GPU", "MiB", "HOST", "MiB"]
     assert len(rows) == 8 and all("✓ works" in row for row in rows)
     assert said == "org/tiny: sleep works: level 1, level 2, emulated."
+    assert stored == "Stored for the ladder: level 1 works, level 2 works."
     assert "validate-tiny-2: sleep at level 1\n" in shown.err
     assert [instance.instance_id for instance in client.list().instances] == ["validate-tiny"]
 
@@ -65,6 +67,80 @@ def test_wake_that_fails_is_told_with_the_daemons_reason(client: BullpenClient, 
         assert steps[f"sleep at {kind}"]["outcome"] == "works"
         step = steps[f"wake from {kind}"]
         assert step["outcome"] == "fails" and "had to restart it" in step["detail"] and "wake_up" in step["detail"]
+    assert document["stored"] == [], "the daemon has seen for itself what failed"
+
+
+def answers_otherwise(monkeypatch: pytest.MonkeyPatch, fail_file: Path, *wrong: int) -> None:
+    """Let the simulator answer wrongly to these of validate's questions, and rightly to the daemon's canaries."""
+    asked, ask = [0], Server.ask
+
+    def ask_it(server: Server) -> str:
+        asked[0] += 1
+        fail_file.write_text("answer" if asked[0] in wrong else "")
+        try:
+            return ask(server)
+        finally:
+            fail_file.write_text("")
+
+    monkeypatch.setattr(Server, "ask", ask_it)
+
+
+def test_ladder_skips_what_answers_otherwise_until_it_is_found_well(
+    client: BullpenClient, capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ["validate", "org/differs", "-e", f"BULLPEN_SIM_FAIL_FILE={tmp_path / 'fail'}"]
+    with monkeypatch.context() as wrongly:
+        answers_otherwise(wrongly, tmp_path / "fail", 2)
+        assert main([*arguments, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    outcomes = {step["name"]: step["outcome"] for step in document["steps"]}
+    assert (outcomes["wake from level 1"], outcomes["wake from level 2"]) == ("differs", "works")
+    assert [(one["kind"], one["works"], one["problem"]) for one in document["stored"]] == [
+        ("level 1", False, ""),
+        ("level 2", True, ""),
+    ]
+    client.create("--model org/differs", instance_id="a", gpus=1, sleep_after=3600)
+    client.wait_until_ready("a", timeout=30)
+    found = client.explain("a")
+    assert found.works["level_1"] is not None and "answers otherwise" in found.works["level_1"].why
+    assert found.next_step is not None and found.next_step.to == "level_2"
+    assert client.sleep("a").sleep_level == 2, "the lightest that works"
+    client.delete("a")
+
+    assert main(arguments) == 0
+    assert "Stored for the ladder: level 1 works, level 2 works.\n" in capsys.readouterr().out
+    client.create("--model org/differs", instance_id="a", gpus=1)
+    client.wait_until_ready("a", timeout=30)
+    assert client.sleep("a").sleep_level == 1
+
+
+def test_idle_instance_goes_by_what_was_stored(
+    client: BullpenClient, capsys: Output, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers_otherwise(monkeypatch, tmp_path / "fail", 2)
+    assert main(["validate", "org/idle", "-e", f"BULLPEN_SIM_FAIL_FILE={tmp_path / 'fail'}"]) == 1
+    shown = capsys.readouterr().out
+    assert "Stored for the ladder: level 1 does not work, level 2 works.\n" in shown
+    client.create("--model org/idle", instance_id="a", gpus=1, sleep_after=0.2)
+    for event in client.follow("a", timeout=30):
+        if event.instance is not None and event.instance.state == "sleeping":
+            break
+    assert client.get("a").sleep_level == 2
+
+
+def test_table_is_shown_although_nothing_could_be_stored(
+    client: BullpenClient, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(self: BullpenClient, instance_id: str, level: int, **found: Any) -> None:
+        raise ConnectionFailed("the connection broke")
+
+    monkeypatch.setattr(BullpenClient, "judge", judge)
+    assert main(["validate", "org/tiny"]) == 0
+    heading, *rows, first, second, said = capsys.readouterr().out.splitlines()
+    assert heading.startswith("STEP") and len(rows) == 8
+    assert first == "Not stored for the ladder: level 1 works: the connection broke"
+    assert second == "Not stored for the ladder: level 2 works: the connection broke"
+    assert said == "org/tiny: sleep works: level 1, level 2, emulated."
 
 
 def test_sleep_that_fails_needs_no_wake(client: BullpenClient, capsys: Output) -> None:
@@ -123,6 +199,8 @@ class Fleet:
         self.sleeps = sleeps
         self.refused = refused
         self.created: list[str] = []
+        self.judged: list[tuple[int, bool, str]] = []
+        self.pid = 1
         self.deleted = 0
         self.warming = 0
 
@@ -144,7 +222,14 @@ class Fleet:
         depths = ("awake", "level_1", "level_2")
         memory = {depth: {"gpu_mib": None, "host_mib": 5} for depth in depths}
         return Instance.read(
-            {"instance_id": instance_id, "state": "ready", "url": self.url, "model": "m", "memory": memory}
+            {
+                "instance_id": instance_id,
+                "state": "ready",
+                "pid": self.pid,
+                "url": self.url,
+                "model": "m",
+                "memory": memory,
+            }
         )
 
     def sleep(self, instance_id: str, level: int | None) -> None:
@@ -156,6 +241,10 @@ class Fleet:
 
     def explain(self, instance_id: str) -> Explanation:
         return Explanation.read({"works": {"level_1": None, "level_2": None}})
+
+    def judge(self, instance_id: str, level: int, *, works: bool, why: str) -> None:
+        assert not self.deleted, "while there is an instance to judge"
+        self.judged.append((level, works, why))
 
     def delete(self, instance_id: str) -> None:
         self.deleted += 1
@@ -216,11 +305,31 @@ def test_another_answer_after_the_wake_is_told(serve: Serve) -> None:
     assert not is_well(validation.steps)
     assert verdict("m", validation.steps) == "m: sleep works: level 1, emulated; does not work: level 2."
     assert fleet.created == ["engine", "emulate"] and fleet.deleted == 2
+    assert [one[:2] for one in fleet.judged] == [(1, True), (2, False)]
+    assert [why for *_, why in fleet.judged] == [judged.why for judged in validation.judged]
 
 
 def test_no_answer_after_the_wake_fails(serve: Serve) -> None:
-    validation = validate(Fleet(serve(text("a"), (500, {}), text("a"))))
-    assert outcomes(validation)["wake from level 1"] == "fails"
+    fleet = Fleet(serve(text("a"), (500, {}), text("a")))
+    assert outcomes(validate(fleet))["wake from level 1"] == "fails"
+    assert [one[:2] for one in fleet.judged] == [(1, False), (2, True)]
+    assert "HTTP 500" in fleet.judged[0][2]
+
+
+def test_restart_instead_of_a_wake_is_no_word_about_the_level(serve: Serve) -> None:
+    class Restarts(Fleet):
+        def wake(self, instance_id: str) -> None:
+            self.pid += 1
+
+    fleet = Restarts(serve(text("a")))
+    found = outcomes(validate(fleet))
+    assert found["wake from level 1"] == found["wake from level 2"] == "fails"
+    assert found["wake from emulated"] == "works" and fleet.judged == []
+
+
+def test_reason_is_what_the_daemon_takes() -> None:
+    assert one_line("a\nb\x00c \x1b[1m\ud800 ") == "a b c [1m"
+    assert len(one_line("x" * 1000)) == LONGEST_WHY
 
 
 def test_no_answer_at_all_is_the_end(serve: Serve) -> None:
@@ -234,6 +343,7 @@ def test_engine_without_sleep_is_tried_with_emulated_sleep(serve: Serve) -> None
     validation = validate(fleet)
     assert fleet.created == ["emulate"] and validation.why_emulated == "this engine cannot sleep on the CPU"
     assert outcomes(validation)["sleep at level 1"] == "not available" and is_well(validation.steps)
+    assert validation.judged == [] and fleet.judged == []
     assert verdict("m", validation.steps) == "m: sleep works: emulated; not available: level 1, level 2."
 
 

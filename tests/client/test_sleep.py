@@ -188,6 +188,19 @@ def test_explain(client: BullpenClient) -> None:
     assert found.works["level_1"] is not None and found.works["level_1"].works
 
 
+def test_judge(client: BullpenClient) -> None:
+    ready(client, "a", gpus=1)
+    found = client.judge("a", 2, works=False, why="it is slow")
+    assert found["level_2"] is not None and (found["level_2"].works, found["level_2"].why) == (False, "it is slow")
+    assert client.explain("a").works == found
+    with pytest.raises(Refused, match="level") as wrong:
+        client.judge("a", 3, works=True, why="x")
+    with pytest.raises(Refused, match="'nobody'") as nobody:
+        client.judge("nobody", 1, works=True, why="x")
+    assert [caught.value.status for caught in (wrong, nobody)] == [422, 404]
+    client.judge("a", 2, works=True, why="others rely on it")
+
+
 # -- without a connection ------------------------------------------------------------------------------------------
 
 

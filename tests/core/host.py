@@ -190,5 +190,6 @@ def copied(instance: Instance) -> Instance:
         instance,
         phase_started=dict(instance.phase_started),
         memory=dict(instance.memory),
+        free_before=dict(instance.free_before),
         notes=list(instance.notes),
     )

@@ -162,7 +162,8 @@ def has_memory(world: World, task: Task) -> bool:
 def _memory(world: World, task: Task, how: str) -> None:
     number = task.effect.operation
     if has_memory(world, task):
-        tell(world, task, ev.MemoryFree(task.instance.id, number))
+        free = {uuid: world.free(uuid) for uuid in task.effect.needs}
+        tell(world, task, ev.MemoryFree(task.instance.id, number, free))
     else:
         tell(world, task, ev.MemoryShort(task.instance.id, number, "GPU-0 lacks memory; process 99 (jupyter) holds it"))
 
@@ -246,6 +247,11 @@ def _measure(world: World, task: Task, how: str) -> None:
     tree = task.tree
     if tree is None or not tree.server:
         return
+    roster, current = world.fleet.roster, world.is_current(task) and task.moves == task.instance.moves
+    for uuid in task.effect.before:
+        if current and roster.is_alone(task.instance, uuid):
+            others = [one.key for one in world.trees if one is not tree and one.holds(uuid)]
+            assert others == [], "what is missing on the accelerator would be taken for its own"
     held = tree.wish.model.holds(task.depth, tree.wish.share)
     memory = {"works": held, "half": Memory(None, held.host)}.get(how)
     if memory is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
+from bullpen.core.book import Hold
 from bullpen.core.devices import Gpu
 from bullpen.core.fleet import Fleet
 from bullpen.core.instance import Config, Depth, Instance, Memory, Served, State
@@ -83,6 +84,12 @@ class Scenario:
         self.effects += effects
         return effects
 
+    def owner(self, uuid: str) -> str | None:
+        """Who has an accelerator by the book, or is on the way there."""
+        book = self.fleet.roster.book()
+        claims = book.on(uuid, Hold.AWAKE) or book.on(uuid, Hold.COMING)
+        return claims[0].id if claims else None
+
     # -- requests ----------------------------------------------------------------------------------------------
 
     def create(self, instance_id: str = "a", gpus: Sequence[str] | None = None, **fields: Any) -> list[fx.Effect]:
@@ -112,6 +119,11 @@ class Scenario:
         self._requests += 1
         key = None if new is None else f"key-{self._requests}"
         return self.tell(ev.Swap(self._requests, incoming, outgoing, None, DRAIN, False, key, new))
+
+    def judge(self, instance_id: str = "a", depth: Depth = Depth.LEVEL_1, *, works: bool = False) -> list[fx.Effect]:
+        """Somebody tells whether a depth works."""
+        self._requests += 1
+        return self.tell(ev.Judge(self._requests, instance_id, depth, works, "somebody tried it"))
 
     # -- outcomes ----------------------------------------------------------------------------------------------
 
@@ -160,8 +172,9 @@ class Scenario:
     ) -> list[fx.Effect]:
         return self.tell(ev.EngineFailed(instance_id, self.number(instance_id), sentence, touched, verdict))
 
-    def memory_free(self, instance_id: str = "a") -> list[fx.Effect]:
-        return self.tell(ev.MemoryFree(instance_id, self.number(instance_id)))
+    def memory_free(self, instance_id: str = "a", mib: int = 79_500) -> list[fx.Effect]:
+        free = dict.fromkeys(self.instance(instance_id).gpus, mib)
+        return self.tell(ev.MemoryFree(instance_id, self.number(instance_id), free))
 
     def memory_short(self, sentence: str, instance_id: str = "a") -> list[fx.Effect]:
         return self.tell(ev.MemoryShort(instance_id, self.number(instance_id), sentence))

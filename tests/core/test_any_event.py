@@ -50,18 +50,18 @@ SLEEPS = [
     st.builds(
         ev.Swap, st.just(0), IDS, st.none() | st.lists(IDS, max_size=2).map(tuple), DEPTHS, st.just(5.0), st.just(False)
     ),
+    st.builds(ev.Judge, st.just(0), IDS, st.sampled_from([Depth.LEVEL_1, Depth.LEVEL_2]), st.booleans(), st.just("no")),
     st.builds(ev.Drained, IDS, NUMBERS, st.integers(0, 2)),
     st.builds(ev.Slept, IDS, NUMBERS, st.sampled_from([None, "one"])),
     st.builds(ev.Woken, IDS, NUMBERS),
     st.builds(ev.EngineFailed, IDS, NUMBERS, st.just("no"), st.booleans(), st.booleans()),
-    st.builds(ev.MemoryFree, IDS, NUMBERS),
+    st.builds(ev.MemoryFree, IDS, NUMBERS, st.sampled_from([{}, {"GPU-0": 80_000}])),
     st.builds(ev.MemoryShort, IDS, NUMBERS, st.just("it is full")),
     st.builds(ev.Activity, IDS, st.sampled_from([None, 0, 1]), st.sampled_from([0.0, 100.0])),
     st.builds(ev.Inspected, IDS, NUMBERS, st.sampled_from([None, True, False])),
 ]
 EVENTS = st.one_of(*STARTS, *ENDS, *SLEEPS)
 OF_ONE_THAT_IS_THERE = fx.KillTree | fx.Terminate | fx.Watch | fx.Start | fx.Drain | fx.PutToSleep | fx.WakeUp
-REQUESTS = ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap
 
 
 @settings(max_examples=300)
@@ -72,7 +72,7 @@ def test_no_event_can_upset_the_fleet(events: list[ev.Event]) -> None:
     for number, event in enumerate(events, start=1):
         if isinstance(event, ev.Create):
             event = replace(event, key=f"key-{number}")
-        if isinstance(event, REQUESTS):
+        if isinstance(event, ev.Request):
             event = replace(event, request=number)
             unanswered.add(number)
         revision = fleet.revision

@@ -128,7 +128,7 @@ def test_unknown_gpu_is_refused_with_those_that_exist() -> None:
     assert "'GPU-9'" in str(error)
     assert "GPU-0 (index 0), GPU-1 (index 1)" in str(error)
     assert scene.fleet.instances == {}
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_options_that_the_engine_refuses() -> None:
@@ -191,13 +191,13 @@ def test_failed_start_is_answered_when_no_process_is_left() -> None:
     problem = LaunchError("the process does not answer")
     assert scene.refused(problem) == [fx.KillTree("a")]
     assert scene.unanswered() == [1]
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     assert kinds(scene.create("a")) == ["Reply"]
 
     assert kinds(scene.exited(-9)) == ["ClearTimers", "KillTree"]
     assert scene.tree_gone() == [fx.Forget("a", "key-1"), fx.Reply(1, error=problem)]
     assert scene.published() == []
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     scene.create("a", gpus=["GPU-0"])
     assert scene.checked(port=8000) == [fx.HoldPort("a", 8000, frozenset())]
 
@@ -217,11 +217,11 @@ def test_failed_start_whose_processes_cannot_be_killed_becomes_visible() -> None
         fx.Reply(1, error=problem),
     ]
     assert scene.fleet.get("a").state is State.FAILED
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
 
     assert scene.stop() == [fx.KillTree("a")]
     assert kinds(scene.tree_gone()) == ["ClearTimers", "DELETED", "Forget", "Reply"]
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_process_that_ends_before_it_has_become_the_server() -> None:
@@ -299,7 +299,7 @@ def test_gpu_belongs_to_one_from_the_request_on() -> None:
     assert kinds(scene.create("b", gpus=["GPU-1", "GPU-0"])) == ["Reply"]
     assert isinstance(scene.error(), ConflictError)
     assert "GPU GPU-0 belongs to instance 'a'" in str(scene.error())
-    assert scene.fleet.gpu_owner("GPU-1") is None
+    assert scene.owner("GPU-1") is None
     assert kinds(scene.create("c", gpus=["GPU-1"])) == ["Check"]
 
 
@@ -308,9 +308,9 @@ def test_gpu_is_given_back_only_when_no_process_is_left() -> None:
     scene.reach(State.READY, "a", gpus=["GPU-0"])
     scene.exited(1)
     assert scene.instance().state is State.FAILED
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     scene.tree_gone()
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     assert kinds(scene.create("b", gpus=["GPU-0"])) == ["Check"]
 
 

@@ -42,7 +42,7 @@ def test_server_that_cannot_sleep_goes_on_without_a_question() -> None:
     assert scene.restore(instance) == [fx.OpenGate("a")]
     assert scene.fleet.get("a") is instance
     assert instance.running
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
 
 
 @pytest.mark.parametrize("state", [State.READY, State.SLEEPING])
@@ -56,7 +56,7 @@ def test_server_that_runs_goes_on(state: State) -> None:
     assert kinds(effects) == [*([] if asleep else ["OpenGate"]), "Save", "PublishState"]
     assert scene.fleet.get("a") is instance
     assert (instance.running, instance.state) == (True, state)
-    assert scene.fleet.gpu_owner("GPU-0") == (None if asleep else "a")
+    assert scene.owner("GPU-0") == (None if asleep else "a")
     scene.create("b")
     scene.checked("b", port=8000)
     assert "belongs to instance 'a'" in str(scene.error())
@@ -88,7 +88,7 @@ def test_ended_instance_is_kept_and_holds_nothing(state: State) -> None:
     instance = saved(state)
     assert scene.restore(instance) == []
     assert scene.fleet.get("a") is instance
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     scene.create("b", gpus=["GPU-0"])
     assert scene.checked("b", port=8000) == [fx.HoldPort("b", 8000, frozenset())]
     assert kinds(scene.stop()) == ["ClearTimers", "DELETED", "Forget", "Reply"]
@@ -100,9 +100,9 @@ def test_ended_instance_whose_tree_was_not_seen_gone_is_looked_at_again() -> Non
     before.exited(1)
     scene = Scenario(revision=2)
     assert scene.restore(replace(before.instance())) == [fx.KillTree("a")]
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     assert scene.tree_gone() == [fx.Save("a")]
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_stuck_instance_is_tried_again() -> None:
@@ -120,7 +120,7 @@ def test_create_that_nobody_was_told_of_is_undone() -> None:
     instance = saved(State.STARTING, listed=False)
     assert scene.restore(instance) == [fx.KillTree("a")]
     assert scene.fleet.listed() == []
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     assert scene.tree_gone() == [fx.Forget("a", "key-1")]
     assert scene.fleet.instances == {}
     assert scene.fleet.revision == 7

@@ -133,7 +133,7 @@ def test_children_of_an_ended_server_that_cannot_be_killed() -> None:
     assert kinds(scene.tree_stuck()) == ["Save", "PublishState"]
     assert instance.state is State.FAILED
     assert instance.error == CRASH  # why it ended matters more
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     scene.create("b")
     scene.checked("b", port=8000)
     assert "belongs to instance 'a'" in str(scene.error())

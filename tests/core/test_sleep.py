@@ -34,9 +34,9 @@ def test_sleep_drains_tells_the_engine_and_measures() -> None:
 def test_sleeper_leaves_its_accelerator_to_others() -> None:
     scene = Scenario()
     scene.asleep("a")
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     assert kinds(scene.create("b", GPUS[:1])) == ["Check"]
-    assert scene.fleet.gpu_owner("GPU-0") == "b"
+    assert scene.owner("GPU-0") == "b"
 
 
 def test_requests_that_were_cut_off_are_counted_in_its_notes() -> None:
@@ -100,7 +100,7 @@ def test_emulated_sleep_ends_the_process_and_keeps_the_slot() -> None:
     effects = scene.tree_gone()
     assert "Reply" in kinds(effects)
     assert (instance.state, instance.depth, instance.tree_gone) == (State.SLEEPING, Depth.STOPPED, True)
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     scene.create("b")
     scene.checked("b", port=8000)
     assert "port 8000 belongs to instance 'a'" in str(scene.error())
@@ -189,9 +189,9 @@ def test_server_that_ends_while_it_goes_to_sleep() -> None:
     scene.exited(1)
     assert scene.instance().state is State.FAILED
     assert isinstance(scene.error(), LaunchError)
-    assert scene.fleet.gpu_owner("GPU-0") == "a", "its other processes may hold it still"
+    assert scene.owner("GPU-0") == "a", "its other processes may hold it still"
     scene.tree_gone()
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_delete_while_it_goes_to_sleep() -> None:
@@ -202,7 +202,7 @@ def test_delete_while_it_goes_to_sleep() -> None:
     number = scene.number()
     assert "Terminate" in kinds(scene.stop())
     assert "deleted meanwhile" in str(scene.error(2))
-    assert scene.fleet.gpu_owner("GPU-0") == "a", "its engine may not be asleep"
+    assert scene.owner("GPU-0") == "a", "its engine may not be asleep"
     assert scene.tell(ev.Slept("a", number, None)) == []
 
 

@@ -35,7 +35,7 @@ def test_stop_of_a_server_that_obeys() -> None:
     ]
     assert (instance.state, instance.revision) == (State.STOPPED, 2)
     assert scene.fleet.instances == {}
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_stop_of_a_server_that_does_not_obey() -> None:
@@ -127,7 +127,7 @@ def test_stuck_tree_is_reported_and_stays() -> None:
     assert instance.running, "its server process lives, and says so"
     assert instance.error is not None
     assert instance.error.kind is CrashClass.STUCK
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     assert scene.published() == [("CREATED", "a")]
 
 
@@ -186,7 +186,7 @@ def test_kill_that_was_not_asked_for_has_no_outcome() -> None:
     scene.timer("stop")
     scene.tree_stuck()
     assert scene.tree_gone() == scene.tree_stuck() == []
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
 
 
 # -- a stop after which it is still listed ---------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_kept_stop_of_a_server_that_obeys() -> None:
     ]
     assert (instance.state, instance.exit_code, instance.error) == (State.STOPPED, 0, None)
     assert scene.fleet.listed() == [instance]
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     assert scene.notes()[-1] == "was asked to stop"
     assert kinds(scene.stop()) == ["ClearTimers", "DELETED", "Forget", "Reply"]
 
@@ -276,7 +276,7 @@ def test_kept_stop_before_there_is_a_process() -> None:
     assert kinds(scene.stop(keep=True)) == ["ClearTimers", "LetGo", "Save", "STOPPED", "PublishState", "Reply"]
     assert (instance.state, instance.pid, instance.running) == (State.STOPPED, None, False)
     assert scene.checked() == [], "what comes too late changes nothing"
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
 
 
 def test_no_swap_brings_back_what_was_to_stay_stopped() -> None:
@@ -314,7 +314,7 @@ def test_create_that_is_listed_at_once() -> None:
         fx.Check("a"),
     ]
     assert scene.fleet.listed() == [instance]
-    assert scene.fleet.gpu_owner("GPU-0") == "a"
+    assert scene.owner("GPU-0") == "a"
     scene.create_at_once("b", gpus=["GPU-0"])
     assert isinstance(scene.error(), ConflictError)
     scene.checked()
@@ -334,4 +334,4 @@ def test_options_that_are_refused_after_that_make_it_fail() -> None:
     assert instance.error is not None
     assert instance.error.message == "--frobnicate is no option"
     assert scene.published() == [("CREATED", "a"), ("STOPPED", "a")]
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None

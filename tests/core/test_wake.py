@@ -72,7 +72,7 @@ def test_memory_that_somebody_else_holds_leaves_it_asleep() -> None:
     scene.memory_short("GPU GPU-0 has 20000 MiB free; process 99 (jupyter) holds 50000")
     assert "process 99 (jupyter)" in str(scene.error())
     assert (instance.state, instance.depth) == (State.SLEEPING, Depth.LEVEL_1)
-    assert scene.fleet.gpu_owner("GPU-0") is None
+    assert scene.owner("GPU-0") is None
     scene.wake()
     scene.memory_free()
     scene.woken()

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from bullpen.core import effects as fx
+from bullpen.core.book import Hold
 from bullpen.core.instance import ENDED, Config, Depth, Instance, State
 from bullpen.core.operation import Doing, Operation, Stage
 from bullpen.core.swapping import SwapState
@@ -303,8 +304,8 @@ def verify(world: World) -> None:
     check_budget(world)
     for uuid in GPUS:
         owners = [one.id for one in instances if uuid in one.gpus and _is_awake_or_coming(world, one)]
-        owner = world.fleet.gpu_owner(uuid)
-        assert owner in owners if owners else owner is None
+        claimed = [claim.id for claim in world.fleet.roster.book().on(uuid, Hold.AWAKE, Hold.COMING)]
+        assert sorted(claimed) == sorted(owners)
     holders = [instance for instance in instances if not instance.tree_gone]
     ports = [instance.address.port for instance in holders if instance.address and instance.address.port]
     assert len(ports) == len(set(ports))

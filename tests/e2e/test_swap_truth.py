@@ -32,7 +32,10 @@ ROUNDS, LANES = 63, 8
 SEED = "BULLPEN_TEST_SEED"
 """The variable that repeats the dice of a run that failed."""
 AWAKE_MIB, ASLEEP_MIB = 1000, 64
+HOST = "127.84.82.85"
+"""Loopback as well, and nobody else's: a port that is still taken there is one of these servers'."""
 SETTINGS = {
+    "instance_host": HOST,
     "mock_gpus": 1,
     "mock_gpu_count": LANES,
     "mock_gpu_memory": 1500,  # MiB: room for one that is awake and a few sleepers
@@ -381,7 +384,7 @@ def nothing_is_left(state_dir: Path, ports: set[int]) -> None:
     for port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+            probe.bind((HOST, port))
 
 
 @pytest.mark.slow

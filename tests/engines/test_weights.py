@@ -1,34 +1,15 @@
-"""What a model's files say: size of the weights, where they lie, size of the KV cache."""
+"""What a model's files say: size of the weights, where they lie."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from bullpen.engines.weights import INDEX, hub_cache, kv_mib, kv_numbers, model_folder, weight_files, weight_mib
+from bullpen.engines.weights import INDEX, hub_cache, model_folder, weight_files, weight_mib
 
 MIB = 1 << 20
-LLAMA_8B = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_size": 4096,
-    "torch_dtype": "bfloat16",
-}
-"""128 KiB a token in two bytes, as is well known of Llama 3 8B."""
-DEEPSEEK_V3 = {
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "hidden_size": 7168,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-}
 
 
 def write(folder: Path, **sizes: int) -> Path:
@@ -131,46 +112,3 @@ def test_a_download_under_way_has_broken_links(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "absent")
     assert names(weight_files(str(tmp_path), {})) == ["a.safetensors"]
     assert weight_mib(tmp_path) == 1
-
-
-# -- KV cache --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "numbers"),
-    [
-        (LLAMA_8B, 64 * 1024),
-        ({**LLAMA_8B, "head_dim": 256}, 128 * 1024),
-        ({**LLAMA_8B, "num_key_value_heads": None}, 256 * 1024),
-        ({**LLAMA_8B, "num_key_value_heads": True}, 256 * 1024),
-        ({**LLAMA_8B, "layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, 16 * 1024),
-        ({"n_layer": 12, "n_head": 12, "n_embd": 768}, 2 * 12 * 768),
-        (DEEPSEEK_V3, 61 * 576),
-    ],
-)
-def test_numbers_of_a_token(config: dict[str, Any], numbers: int) -> None:
-    assert kv_numbers(config) == numbers
-
-
-def test_the_cache_of_many_tokens(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    assert kv_mib(tmp_path, 8192) == 1024
-    assert kv_mib(tmp_path, 8192, dtype_bytes=1) == 512
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": LLAMA_8B, "num_hidden_layers": 2}))
-    assert kv_mib(tmp_path, 8193) == 1025
-
-
-def test_a_configuration_that_does_not_say(tmp_path: Path) -> None:
-    assert kv_mib(tmp_path, 1) is None
-    for name in ("num_hidden_layers", "hidden_size"):
-        (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, name: "many"}))
-        assert kv_mib(tmp_path, 1) is None
-
-
-VALUES = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=2), st.lists, max_leaves=4)
-
-
-@given(st.dictionaries(st.sampled_from([*LLAMA_8B, *DEEPSEEK_V3, "head_dim", "layer_types"]), VALUES))
-def test_any_configuration_says_a_number_or_nothing(config: dict[str, Any]) -> None:
-    numbers = kv_numbers(config)
-    assert numbers is None or numbers >= 0

@@ -94,7 +94,7 @@ async def test_from_level_1_to_level_2(sim: Instance, simulator: Simulator) -> N
 async def test_drain_waits_for_what_is_in_flight(sim: Instance) -> None:
     request = asyncio.create_task(complete(sim, 100))
     await is_busy(sim)
-    assert await CONTROL.drain(sim, SECONDS, "hold") == 0
+    assert (await CONTROL.drain(sim, SECONDS, "hold")).in_flight == 0
     await asyncio.wait_for(request, SECONDS)
     activity = await CONTROL.activity(sim)
     assert (activity.mode, activity.in_flight) == ("hold", 0)
@@ -103,7 +103,7 @@ async def test_drain_waits_for_what_is_in_flight(sim: Instance) -> None:
 async def test_drain_says_what_is_left_at_its_deadline(sim: Instance) -> None:
     request = asyncio.create_task(complete(sim, 2000))
     await is_busy(sim)
-    assert await CONTROL.drain(sim, 0.02, "refuse") == 1
+    assert (await CONTROL.drain(sim, 0.02, "refuse")).in_flight == 1
     with pytest.raises(RuntimeError, match="503"):
         await complete(sim, 1)
     assert not request.done()
@@ -111,7 +111,7 @@ async def test_drain_says_what_is_left_at_its_deadline(sim: Instance) -> None:
 
 
 async def test_drain_without_time_looks_once(sim: Instance) -> None:
-    assert await CONTROL.drain(sim, 0, "hold") == 0
+    assert (await CONTROL.drain(sim, 0, "hold")).in_flight == 0
 
 
 async def test_own_requests_pass_a_closed_gate_and_do_not_count(sim: Instance) -> None:

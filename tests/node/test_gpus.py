@@ -25,11 +25,9 @@ from bullpen.node.gpus import (
     NvidiaGpus,
     find_gpus,
     foreign_processes,
-    mock_gpus,
-    nvidia_gpus,
     wait_for_memory,
 )
-from bullpen.node.mock_gpus import MockGpus
+from bullpen.node.mock_gpus import MockGpus, describe_mock
 from bullpen.node.nvml import Nvml
 from bullpen.node.settings import Settings
 from tests.node.conftest import SECONDS
@@ -180,7 +178,6 @@ def test_gpus_in_order(install: Install) -> None:
     assert nvml.list_gpus() == expected
     assert nvml.driver_version() == "580.65.06"
     assert fake.inits == 1
-    assert nvidia_gpus() == expected
 
 
 def test_mig_devices_come_after_all_gpus(install: Install) -> None:
@@ -340,7 +337,7 @@ async def test_cuda_visible_devices_holds_for_the_daemon(install: Install, tmp_p
 async def test_mock_gpus_where_the_settings_say_so(tmp_path: Path) -> None:
     settings = Settings(mock_gpus=True, mock_gpu_count=3)
     found = await find_gpus(settings, tmp_path, {"CUDA_VISIBLE_DEVICES": "GPU-1"})
-    assert found.list() == (mock_gpus(3)[1],)
+    assert found.list() == (describe_mock(1),)
     assert len((await find_gpus(settings, tmp_path, {})).list()) == 3
 
 
@@ -359,8 +356,9 @@ async def nobody() -> Mapping[int, str]:
 
 async def test_memory_that_is_free(tmp_path: Path) -> None:
     gpus = MockGpus(tmp_path, 2, 1000)
-    assert await wait_for_memory(gpus, {"GPU-0": 1000, "GPU-1": 1}, 0, nobody) is None
-    assert await wait_for_memory(gpus, {}, 0, nobody) is None
+    hold(tmp_path, 1, 600)
+    assert await wait_for_memory(gpus, {"GPU-0": 1000, "GPU-1": 1}, 0, nobody) == {"GPU-0": 1000, "GPU-1": 400}
+    assert await wait_for_memory(gpus, {}, 0, nobody) == {}
 
 
 async def test_memory_that_becomes_free(tmp_path: Path) -> None:
@@ -370,7 +368,7 @@ async def test_memory_that_becomes_free(tmp_path: Path) -> None:
     await asyncio.sleep(0.1)
     assert not waiting.done()
     file.unlink()
-    assert await waiting is None
+    assert await waiting == {"GPU-0": 1000, "GPU-1": 1000}
 
 
 async def test_who_holds_the_memory_is_named(tmp_path: Path) -> None:
@@ -382,7 +380,7 @@ async def test_who_holds_the_memory_is_named(tmp_path: Path) -> None:
         return {os.getpid(): "b"}
 
     sentence = await wait_for_memory(gpus, {"GPU-0": 500, "GPU-1": 500}, 0.05, owners)
-    assert sentence is not None
+    assert isinstance(sentence, str)
     assert sentence.startswith("GPU 1 (GPU-1) has 100 MiB free of the 500 MiB needed; the rest is held by ")
     assert f"instance 'b' (600 MiB), process {os.getppid()} (" in sentence
     assert sentence.endswith(f"of no instance (300 MiB); stop 'b' or put it to sleep, or `kill {os.getppid()}`")
@@ -420,14 +418,14 @@ async def test_holders_of_unknown_amounts(tmp_path: Path) -> None:
 
 async def test_holders_that_nobody_tells() -> None:
     sentence = await wait_for_memory(Told(PART, MemoryUse(1000, 100)), {"MIG-a": 500}, 0, nobody)
-    assert sentence is not None
+    assert isinstance(sentence, str)
     assert "who holds the other 900 MiB, `nvidia-smi` on the host" in sentence
 
 
 async def test_more_than_a_gpu_has_is_not_waited_for() -> None:
     waiting = wait_for_memory(Told(PART, MemoryUse(1000, 100)), {"MIG-a": 2000}, 3600, nobody)
     sentence = await asyncio.wait_for(waiting, SECONDS)
-    assert sentence is not None
+    assert isinstance(sentence, str)
     assert sentence.startswith("MIG device MIG-a has 1000 MiB in all, and 2000 MiB are needed; choose a larger GPU")
 
 

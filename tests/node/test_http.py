@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import ssl
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,39 +10,9 @@ import pytest
 from bullpen.core.instance import Address
 from bullpen.node import http
 from bullpen.node.http import Answer, NoAnswerError, ask
+from tests.node.http_server import saying, serving, unsigned_certificate
 
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 SECONDS = 10.0
-
-
-def saying(*pieces: bytes, into: list[bytes] | None = None) -> Handler:
-    """A server that reads a request whole, then says pieces one after the other and hangs up."""
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = next(
-            (int(line.partition(b":")[2]) for line in head.splitlines() if line.lower().startswith(b"content-length")),
-            0,
-        )
-        body = await reader.readexactly(length)
-        if into is not None:
-            into.append(head + body)
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-            await asyncio.sleep(0)
-        writer.close()
-
-    return handle
-
-
-@asynccontextmanager
-async def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncIterator[Address]:
-    server = await asyncio.start_server(handler, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield Address("127.0.0.1", server.sockets[0].getsockname()[1], tls=tls is not None)
-    finally:
-        server.close()
 
 
 @pytest.mark.parametrize(
@@ -152,11 +117,6 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
 
 
 async def test_tls_with_a_certificate_of_its_own(tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("making a certificate needs the openssl command")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=elsewhere -keyout key -out certificate"
-    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True, timeout=60)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    context = unsigned_certificate(tmp_path)
     async with serving(saying(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), context) as address:
         assert await ask(address, "GET", "/", seconds=SECONDS) == Answer(200, b"ok")

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
-import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from bullpen.core.instance import Address
 from bullpen.node import probe
-
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-def saying(reply: bytes, into: list[bytes] | None = None) -> Handler:
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        request = await reader.readuntil(b"\r\n\r\n")
-        if into is not None:
-            into.append(request)
-        writer.write(reply)
-        await writer.drain()
-        writer.close()
-
-    return handle
-
-
-@asynccontextmanager
-async def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncIterator[Address]:
-    server = await asyncio.start_server(handler, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield Address("127.0.0.1", server.sockets[0].getsockname()[1], tls=tls is not None)
-    finally:
-        server.close()
+from tests.node.http_server import saying, serving, unsigned_certificate
 
 
 @pytest.mark.parametrize(
@@ -64,7 +38,7 @@ async def test_answers(reply: bytes, expected: bool) -> None:
 
 async def test_what_is_asked() -> None:
     seen: list[bytes] = []
-    async with serving(saying(b"HTTP/1.1 200 OK\r\n\r\n", seen)) as address:
+    async with serving(saying(b"HTTP/1.1 200 OK\r\n\r\n", into=seen)) as address:
         await probe.answers(address, "/health")
     assert seen[0].startswith(b"GET /health HTTP/1.1\r\nHost: ")
     assert b"Connection: close\r\n" in seen[0]
@@ -122,15 +96,7 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
-    """A certificate that nobody has signed, for a host of another name."""
-    if shutil.which("openssl") is None:
-        pytest.skip("making a certificate needs the openssl command")
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=elsewhere -keyout key -out certificate"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True, timeout=60)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "certificate", folder / "key")
-    return context
+    return unsigned_certificate(tmp_path_factory.mktemp("tls"))
 
 
 async def test_tls_with_a_certificate_of_its_own(certificate: ssl.SSLContext, tmp_path: Path) -> None:

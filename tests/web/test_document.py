@@ -27,6 +27,7 @@ ENDPOINTS = {
     "sleep_instance": "POST /v2/vllm/instances/{instance_id}/sleep",
     "wake_instance": "POST /v2/vllm/instances/{instance_id}/wake",
     "explain_instance": "GET /v2/vllm/instances/{instance_id}/explain",
+    "judge_instance": "POST /v2/vllm/instances/{instance_id}/verdicts",
     "swap": "POST /v2/vllm/swap",
     "gpus": "GET /v2/vllm/gpus",
 }
@@ -80,7 +81,17 @@ def test_openapi_document(document: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["VllmConfig", "V1Config", "Instance", "V1Status", "SwapRequest", "Swapped", "GpuReport", "Explanation"],
+    [
+        "VllmConfig",
+        "V1Config",
+        "Instance",
+        "V1Status",
+        "SwapRequest",
+        "Swapped",
+        "GpuReport",
+        "Explanation",
+        "NewVerdict",
+    ],
 )
 def test_openapi_document_has_examples(document: dict[str, Any], name: str) -> None:
     schema = document["components"]["schemas"][name]
@@ -145,6 +156,7 @@ def test_examples_of_a_swap_can_be_sent(shared: Daemon, document: dict[str, Any]
         ("post", INSTANCES + "/{instance_id}/sleep", {"200", "404", "409", "422", "500"}),
         ("post", INSTANCES + "/{instance_id}/wake", {"200", "404", "409", "422", "500"}),
         ("get", INSTANCES + "/{instance_id}/explain", {"200", "404"}),
+        ("post", INSTANCES + "/{instance_id}/verdicts", {"200", "404", "409", "422", "500"}),
         ("post", "/v2/vllm/swap", {"200", "404", "409", "422", "500"}),
         ("get", "/v2/vllm/gpus", {"200"}),
         ("post", "/v1/vllm", {"200", "409", "422", "500"}),

@@ -39,7 +39,7 @@ def test_documented_reply(case: schemathesis.Case, shared: Daemon) -> None:
     send(case, shared)
 
 
-@api.include(path_regex="/(sleep|wake|explain|swap|gpus)$").parametrize()
+@api.include(path_regex="/(sleep|wake|explain|verdicts|swap|gpus)$").parametrize()
 @requests
 def test_documented_reply_about_instances_that_exist(case: schemathesis.Case, shared: Daemon) -> None:
     for name in ("a", "b"):

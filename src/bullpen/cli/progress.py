@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from bullpen.cli import words
+from bullpen.cli.display import LiveDisplay
 from bullpen.client import Instance, Readiness, ZygoteState
 
 BAR_WIDTH = 36
-FRAMES_PER_SECOND = 12.5
 IDLE_FRAMES_PER_SECOND = 1.0
 """When only the time goes on: someone may look at it for hours."""
 
 
-class StartDisplay:
+class StartDisplay(LiveDisplay):
     """Shows how an instance comes up, and then how it is.
 
     Args:
@@ -31,7 +29,6 @@ class StartDisplay:
     """
 
     def __init__(self, console: Console, name: str) -> None:
-        self._console = console
         self._name = name
         self._spinner = Spinner("dots", style="cyan")
         self._asked_at = time.monotonic()
@@ -40,18 +37,7 @@ class StartDisplay:
         self._origin = self._asked_at
         self._expected_at: float | None = None
         self._told: set[str] = set()
-        animated = console.is_terminal and not console.is_dumb_terminal
-        self._live = self._new_live(FRAMES_PER_SECOND) if animated else None
-
-    def _new_live(self, frames: float) -> Live:
-        return Live(
-            get_renderable=self._render,
-            console=self._console,
-            refresh_per_second=frames,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        super().__init__(console)
 
     def rename(self, name: str) -> None:
         """Show another id."""
@@ -139,19 +125,6 @@ class StartDisplay:
         how_long = f" for {words.age(since(instance))}" if instance.state == "ready" else ""
         line = Text.assemble(("● ", colour), (self._name, "bold"), " is ", (words.state(instance), colour), how_long)
         return line.append("  Ctrl-C offers to stop it", "dim")
-
-    def __enter__(self) -> StartDisplay:
-        """Begin to show."""
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the terminal back."""
-        if self._live is not None:
-            self._live.stop()
 
 
 def since(instance: Instance) -> float:

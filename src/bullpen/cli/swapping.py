@@ -5,23 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from bullpen.cli import words
+from bullpen.cli.display import LiveDisplay
 from bullpen.client import Event, Instance, Swap, Swapped
 
-FRAMES_PER_SECOND = 12.5
 STAGES: Mapping[str, str] = {"out": "out", "in": "in", "back": "put back"}
 """The stages that take time, as people read them."""
 
 
-class SwapDisplay:
+class SwapDisplay(LiveDisplay):
     """Shows how a swap goes on; `update` may be called by another thread.
 
     Args:
@@ -32,7 +30,6 @@ class SwapDisplay:
     """
 
     def __init__(self, console: Console, incoming: str, outgoing: Sequence[str], *, was_ready: bool = False) -> None:
-        self._console = console
         self._incoming = incoming
         self._outgoing = list(outgoing)
         self._was_ready = was_ready
@@ -43,18 +40,7 @@ class SwapDisplay:
         self._begun = self._stage_begun = time.monotonic()
         self._over = False
         self._spinner = Spinner("dots", style="cyan")
-        animated = console.is_terminal and not console.is_dumb_terminal
-        self._live = self._new_live() if animated else None
-
-    def _new_live(self) -> Live:
-        return Live(
-            get_renderable=self._render,
-            console=self._console,
-            refresh_per_second=FRAMES_PER_SECOND,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        super().__init__(console)
 
     def update(self, event: Event) -> None:
         """Take in what has happened; other swaps and other instances do not matter."""
@@ -135,19 +121,6 @@ class SwapDisplay:
         about = [self._incoming] if stage == "in" else self._outgoing
         known = [self._instances[one] for one in about if one in self._instances]
         return ", ".join(filter(None, map(describe, known)))
-
-    def __enter__(self) -> SwapDisplay:
-        """Begin to show."""
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the terminal back."""
-        if self._live is not None:
-            self._live.stop()
 
 
 def describe(instance: Instance) -> str:

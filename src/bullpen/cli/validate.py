@@ -13,7 +13,7 @@ from bullpen.cli.common import JsonOption, KeyOption, UrlOption, connect, print_
 from bullpen.cli.run import check_options, local_folder, read_variables
 
 if TYPE_CHECKING:
-    from bullpen.cli.validating import Step
+    from bullpen.cli.validating import Judged, Validation
 
 MARKS = {"works": ("✓", "green"), "differs": ("✗", "red"), "fails": ("✗", "red"), "not available": ("-", "dim")}
 
@@ -41,8 +41,8 @@ def validate(
     """Try whether a model sleeps and wakes here, and answers as before.
 
     It starts the model, asks it something, takes it through each kind of sleep that there is, and asks again each time.
-    Times and memory are measured. The daemon remembers what does not work, and skips it from then on.
-    Exit code 1 if something that is available does not work. The instance is removed in the end.
+    Times and memory are measured. The daemon remembers for the model what each level came to, and its ladder skips
+    what does not work. Exit code 1 if something that is available does not work. The instance is removed in the end.
 
     \b
     Examples:
@@ -70,9 +70,11 @@ def validate(
     if json_output:
         steps = [step.document() for step in validation.steps]
         why = validation.why_emulated or None
-        print_json({"model": model, "ok": well, "verdict": said, "why_emulated": why, "steps": steps})
+        stored = [judged.document() for judged in validation.judged]
+        document = {"model": model, "ok": well, "verdict": said, "why_emulated": why, "steps": steps, "stored": stored}
+        print_json(document)
     else:
-        show(validation.steps, said, validation.why_emulated, well)
+        show(validation, said, well)
     return 0 if well else 1
 
 
@@ -109,7 +111,7 @@ def progress(name: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(Text.assemble((name, "bold"), f": {text}"))
 
 
-def show(steps: Sequence[Step], said: str, why_emulated: str, well: bool) -> None:
+def show(validation: Validation, said: str, well: bool) -> None:
     """Print the verdict for people."""
     from rich.table import Table
     from rich.text import Text
@@ -117,7 +119,7 @@ def show(steps: Sequence[Step], said: str, why_emulated: str, well: bool) -> Non
     from bullpen.cli import words
     from bullpen.cli.console import new_console
 
-    console = new_console()
+    console, steps, why_emulated = new_console(), validation.steps, validation.why_emulated
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for heading in ("STEP", "VERDICT", "TIME", "GPU MiB", "HOST MiB"):
         table.add_column(heading, justify="left" if heading in ("STEP", "VERDICT") else "right", no_wrap=True)
@@ -133,7 +135,18 @@ def show(steps: Sequence[Step], said: str, why_emulated: str, well: bool) -> Non
         console.print(Text(f"{step.name}: {detail}", "yellow"))
     if why_emulated:
         console.print(Text(f"The engine's own sleep was not tried: {why_emulated}", "yellow"))
+    kept = [judged_words(judged) for judged in validation.judged if not judged.problem]
+    if kept:
+        console.print(Text(f"Stored for the ladder: {', '.join(kept)}."))
+    for judged in validation.judged:
+        if judged.problem:
+            console.print(Text(f"Not stored for the ladder: {judged_words(judged)}: {judged.problem}", "yellow"))
     console.print(Text(said, "bold green" if well else "bold red"))
+
+
+def judged_words(judged: Judged) -> str:
+    """Whether a level works."""
+    return f"{judged.kind} {'works' if judged.works else 'does not work'}"
 
 
 def number(amount: int | None) -> str:

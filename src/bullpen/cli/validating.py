@@ -1,11 +1,14 @@
-"""The course of ``bullpen validate``: start, ask, sleep, wake, and ask again, for each kind of sleep that there is."""
+"""The course of ``bullpen validate``: start, ask, sleep, wake, and ask again, for each kind of sleep that there is.
+
+What its question finds after a wake is stored with the daemon, whose own canary is but one token long.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +21,8 @@ MEASURE_SECONDS = 3.0
 PAUSE = 0.05
 EMULATED = "emulated"
 LEVELS: Mapping[str, int | None] = {"level 1": 1, "level 2": 2}
+LONGEST_WHY = 500
+"""Characters of a reason that the daemon takes."""
 
 
 class Outcome(StrEnum):
@@ -58,6 +63,26 @@ class Step:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What an answer after a wake has shown, for the daemon to remember.
+
+    Attributes:
+        kind: of sleep: ``level 1`` or ``level 2``.
+        why: how that is known.
+        problem: why it could not be stored; empty: it was.
+    """
+
+    kind: str
+    works: bool
+    why: str
+    problem: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON data."""
+        return asdict(self)
+
+
 class Validation:
     """Tries one model.
 
@@ -86,6 +111,9 @@ class Validation:
         self._api_key = api_key
         self._tell = tell
         self.steps: list[Step] = []
+        self._found: list[Judged] = []
+        self.judged: list[Judged] = []
+        """What was stored for the ladder, or could not be."""
         self.why_emulated = ""
         """Why the engine's own sleep cannot be tried."""
 
@@ -117,6 +145,7 @@ class Validation:
             for kind, level in kinds.items():
                 if self._sleep(kind, level):
                     self._wake(kind, server, before)
+            self._store()
 
     # -- start -------------------------------------------------------------------------------------------------
 
@@ -195,6 +224,7 @@ class Validation:
     def _wake(self, kind: str, server: Server, before: str) -> None:
         name = f"wake from {kind}"
         self._tell(name)
+        pid = self._client.get(self._name).pid
         started = time.monotonic()
         try:
             self._client.wake(self._name)
@@ -202,15 +232,27 @@ class Validation:
             self._add(name, kind, Outcome.FAILS, started, detail=str(problem))
             return
         taken = time.monotonic() - started
-        outcome, detail = self._look_at(kind, server, before)
+        outcome, detail = self._look_at(kind, server, before, pid)
         memory = self._measured("awake")
         self.steps.append(Step(name, kind, outcome, taken, memory.gpu_mib, memory.host_mib, detail))
 
-    def _look_at(self, kind: str, server: Server, before: str) -> tuple[Outcome, str]:
+    def _look_at(self, kind: str, server: Server, before: str, pid: int | None) -> tuple[Outcome, str]:
         """What came of a wake, and why. One that failed ends in a restart, which the daemon's own verdict tells."""
         found = self._client.explain(self._name).works.get(kind.replace(" ", "_"))
         if found is not None and not found.works:
             return Outcome.FAILS, f"the daemon had to restart it: {found.why}"
+        if kind in LEVELS and self._client.get(self._name).pid != pid:
+            return (
+                Outcome.FAILS,
+                "it was started again instead, which says nothing about this sleep; see the daemon's log",
+            )
+        outcome, detail = self._compare(server, before)
+        if kind in LEVELS:
+            why = one_line(f"by bullpen validate: {detail or 'it answered as before the sleep'}")
+            self._found.append(Judged(kind, outcome is Outcome.WORKS, why))
+        return outcome, detail
+
+    def _compare(self, server: Server, before: str) -> tuple[Outcome, str]:
         try:
             same = same_answer(before, server.ask())
         except AskError as problem:
@@ -218,6 +260,18 @@ class Validation:
         return (Outcome.WORKS, "") if same else (Outcome.DIFFERS, "it answers otherwise than before the sleep")
 
     # -- what came of it ---------------------------------------------------------------------------------------
+
+    def _store(self) -> None:
+        """Have the daemon remember what was found out with this instance, which must still be there."""
+        found, self._found = self._found, []
+        for judged in found:
+            level = LEVELS[judged.kind]
+            assert level is not None
+            try:
+                self._client.judge(self._name, level, works=judged.works, why=judged.why)
+            except ClientError as problem:
+                judged = replace(judged, problem=str(problem))
+            self.judged.append(judged)
 
     def _add(
         self, name: str, kind: str, outcome: Outcome, started: float, *, memory: Memory | None = None, detail: str = ""
@@ -232,6 +286,11 @@ class Validation:
         while (found := self._client.get(self._name).memory.get(depth)) is None and time.monotonic() < deadline:
             time.sleep(PAUSE)
         return found or Memory()
+
+
+def one_line(text: str) -> str:
+    """A reason as the daemon takes it: what is no plain text in it, or too long, is left out."""
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())[:LONGEST_WHY]
 
 
 def is_well(steps: Sequence[Step]) -> bool:

@@ -69,6 +69,7 @@ class Instance(Document):
         can_sleep: whether it can be put to sleep when it is ready.
         sleep_level: while its engine sleeps: how deep, 1 or 2.
         sleep_emulated: whether it sleeps by having no process.
+        free_before_mib: what its GPUs had free just before its last start or wake, in MiB by UUID.
         reason: what was decided about it last, and why.
     """
 
@@ -99,6 +100,7 @@ class Instance(Document):
     sleep_level: int | None = None
     sleep_emulated: bool = False
     last_used_at: str | None = None
+    free_before_mib: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
     document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

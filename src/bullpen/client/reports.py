@@ -129,6 +129,11 @@ class Verdict(Document):
     at: str | None = None
 
 
+def read_verdicts(document: Mapping[str, Any]) -> Mapping[str, Verdict | None]:
+    """The verdicts of a JSON object, by ``level_1`` and ``level_2``; None where that was not tried yet."""
+    return {level: Verdict.read(verdict) if verdict else None for level, verdict in document.items()}
+
+
 @dataclass(frozen=True)
 class Note(Document):
     """Something that was decided, and why; ``at`` is the time as RFC 3339."""
@@ -161,8 +166,7 @@ class Explanation(Document):
     @property
     def works(self) -> Mapping[str, Verdict | None]:
         """By ``level_1`` and ``level_2``: whether that works here; None where it was not tried yet."""
-        found = self.document.get("works", {})
-        return {level: Verdict.read(verdict) if verdict else None for level, verdict in found.items()}
+        return read_verdicts(self.document.get("works", {}))
 
     @property
     def notes(self) -> list[Note]:

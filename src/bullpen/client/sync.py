@@ -14,7 +14,7 @@ import httpx
 from bullpen.client import wire
 from bullpen.client.errors import ConnectionFailed, InstanceFailed, TimedOut
 from bullpen.client.models import Event, Instance, InstanceList, LogChunk, Readiness, Swapped
-from bullpen.client.reports import Explanation, GpuReport
+from bullpen.client.reports import Explanation, GpuReport, Verdict, read_verdicts
 from bullpen.client.target import Target, find
 
 
@@ -175,6 +175,23 @@ class BullpenClient:
     def explain(self, instance_id: str) -> Explanation:
         """Ask why an instance is as it is, what it waits for and what happens to it next."""
         return Explanation.read(self._ask("GET", f"{wire.instance_path(instance_id)}/explain", patient=True))
+
+    def judge(self, instance_id: str, level: int, *, works: bool, why: str) -> Mapping[str, Verdict | None]:
+        """Have it remembered whether a level of sleep works for an instance's model, engine and GPU.
+
+        The ladder leaves out what does not work. The last word counts: later sleeps and wakes may change it again.
+
+        Args:
+            instance_id: one of that model that can sleep.
+            level: 1 or 2.
+            works: whether it wakes from there and answers as before.
+            why: how that is known, in one line; `explain` shows it.
+
+        Returns:
+            What is remembered now, by ``level_1`` and ``level_2``.
+        """
+        body = wire.verdict_body(level, works=works, why=why)
+        return read_verdicts(self._ask("POST", f"{wire.instance_path(instance_id)}/verdicts", body=body))
 
     def gpus(self) -> GpuReport:
         """Ask for all GPUs, who has them and what is free."""

@@ -50,6 +50,11 @@ def sleep_params(level: int | None, drain: float | None, *, refuse: bool) -> dic
     return {name: str(value) for name, value in given.items() if value is not None}
 
 
+def verdict_body(level: int, *, works: bool, why: str) -> bytes:
+    """The body of a verdict."""
+    return json.dumps({"level": level, "works": works, "why": why}).encode()
+
+
 def swap_body(
     incoming: str | Mapping[str, Any],
     out: str | Sequence[str],

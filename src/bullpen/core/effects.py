@@ -166,9 +166,15 @@ class Inspect:
 @dataclass(frozen=True)
 class Measure:
     """Measure what an instance holds at the depth that it has come to; nobody waits for it. → ``Measured``, or nothing
-    where it cannot be told."""
+    where it cannot be told.
+
+    Attributes:
+        before: MiB that were free on accelerators that it found empty, by UUID. Where the driver does not tell who
+            holds what, that which is missing now is the instance's, if `Roster.is_alone` still says so.
+    """
 
     id: str
+    before: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bullpen.core.instance import Config, Depth, Memory, Served
@@ -160,6 +161,17 @@ class Swap:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Somebody has found out whether a depth of sleep works for an instance; ``why`` is one sentence."""
+
+    request: int
+    id: str
+    depth: Depth
+    works: bool
+    why: str
+
+
+@dataclass(frozen=True)
 class Drained:
     """The gate is closed; ``left`` requests were still in flight when the time for them was over, and the last that
     ended did so ``idle_seconds`` ago."""
@@ -206,10 +218,11 @@ class EngineFailed:
 
 @dataclass(frozen=True)
 class MemoryFree:
-    """The accelerators have the memory free that was waited for."""
+    """The accelerators have the memory free that was waited for; ``free`` is what each has, in MiB by UUID."""
 
     id: str
     operation: int
+    free: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -266,8 +279,11 @@ class TimerFired:
     name: str
 
 
+Request = Create | Stop | Sleep | Wake | Swap | Judge
+"""What is answered with a `Reply`."""
+
 Event = (
-    Create
+    Request
     | Checked
     | PortReady
     | Refused
@@ -277,10 +293,6 @@ Event = (
     | Exited
     | TreeGone
     | TreeStuck
-    | Stop
-    | Sleep
-    | Wake
-    | Swap
     | Drained
     | Slept
     | Woken

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bullpen.core.instance import Depth, Instance, State
+from bullpen.core.judging import why_not
 from bullpen.core.laddering import due
 from bullpen.core.operation import Operation
 from bullpen.core.profile import Verdict
@@ -15,7 +16,6 @@ from bullpen.core.roster import Roster
 def explain(roster: Roster, instance: Instance, now: float) -> dict[str, Any]:
     """Everything that was decided about an instance and what comes next, as JSON data."""
     operation = roster.operation(instance.id)
-    verdicts = roster.conduct(instance).verdicts
     return {
         "instance_id": instance.id,
         "state": str(instance.state),
@@ -23,11 +23,15 @@ def explain(roster: Roster, instance: Instance, now: float) -> dict[str, Any]:
         "activity": None if operation is None else activity(operation),
         "waits_for": (operation.waits_for or None) if operation is not None else None,
         "next_step": next_step(roster, instance, now),
-        "works": {
-            depth_name(depth): works(instance, verdicts.get(int(depth))) for depth in (Depth.LEVEL_1, Depth.LEVEL_2)
-        },
+        "works": verdicts(roster, instance),
         "notes": [{"at": timestamp(note.at), "text": note.text} for note in instance.notes],
     }
+
+
+def verdicts(roster: Roster, instance: Instance) -> dict[str, Any]:
+    """Whether each depth of the engine's own sleep works, as JSON data."""
+    found = roster.conduct(instance).verdicts
+    return {depth_name(depth): works(instance, found.get(int(depth))) for depth in (Depth.LEVEL_1, Depth.LEVEL_2)}
 
 
 def works(instance: Instance, verdict: Verdict | None) -> dict[str, Any] | None:
@@ -36,8 +40,7 @@ def works(instance: Instance, verdict: Verdict | None) -> dict[str, Any] | None:
         return {"works": verdict.works, "why": verdict.why, "at": timestamp(verdict.at)}
     if instance.can_sleep or instance.served is None:
         return None
-    why = instance.served.cannot_sleep or "it was started without the engine's sleep"
-    return {"works": False, "why": why, "at": None}
+    return {"works": False, "why": why_not(instance), "at": None}
 
 
 def summary(instance: Instance, operation: Operation | None) -> str:

@@ -19,9 +19,10 @@ from bullpen.core import events as ev
 from bullpen.core.book import Hold
 from bullpen.core.devices import Gpu
 from bullpen.core.instance import ENDED, Depth, Instance, State
+from bullpen.core.judging import judge
 from bullpen.core.laddering import IDLE_TIMER, idle_timer
 from bullpen.core.launching import START_TIMER, Launching
-from bullpen.core.operation import After, Doing, Operation, Stage
+from bullpen.core.operation import Doing, Operation, Stage
 from bullpen.core.profile import Profile
 from bullpen.core.roster import OPERATION_TIMER, Limits, Roster
 from bullpen.core.sleeping import Sleeping
@@ -74,6 +75,7 @@ class Fleet:
             ev.Sleep: sleeping.sleep,
             ev.Wake: sleeping.wake,
             ev.Swap: self._swapping.swap,
+            ev.Judge: lambda event, now: judge(self.roster, event, now),
             ev.Drained: sleeping.drained,
             ev.Slept: sleeping.slept,
             ev.Woken: sleeping.woken,
@@ -112,11 +114,6 @@ class Fleet:
         pending = self.roster.pending.get(instance_id)
         return pending is not None and pending.awaits is outcome
 
-    def gpu_owner(self, uuid: str) -> str | None:
-        """The id of an instance that has an accelerator, or is on its way there."""
-        claims = self.roster.book().on(uuid, Hold.AWAKE) or self.roster.book().on(uuid, Hold.COMING)
-        return claims[0].id if claims else None
-
     # -- events ------------------------------------------------------------------------------------------------
 
     def handle(self, event: ev.Event, now: float) -> list[fx.Effect]:
@@ -128,6 +125,10 @@ class Fleet:
             effects = self._handlers[type(event)](event, now)
         except BullpenError as problem:
             effects = [fx.Reply(getattr(event, "request", ev.NOBODY), error=problem)]
+        return self._settle(effects, now)
+
+    def _settle(self, effects: list[fx.Effect], now: float) -> list[fx.Effect]:
+        """Add what follows until nothing can go on, and leave out the answers that nobody waits for."""
         while more := self._advance(now):
             effects = [*effects, *more]
         return [one for one in effects if not (isinstance(one, fx.Reply) and one.request == ev.NOBODY)]
@@ -178,7 +179,7 @@ class Fleet:
     def _begin_to_wait(self, instance: Instance, operation: Operation, reason: str, now: float) -> list[fx.Effect]:
         instance.note(now, f"waits {reason}")
         if operation.doing is Doing.START or instance.tree_gone:
-            return [*self._launching.wait(instance, operation, now), fx.PublishState(instance)]
+            return [*self._launching.wait(instance), fx.PublishState(instance)]
         patience = self.roster.patience.turn
         return [fx.SetTimer(instance.id, OPERATION_TIMER, patience), fx.PublishState(instance)]
 
@@ -194,7 +195,9 @@ class Fleet:
         if found is None:
             return []
         instance, operation = found
+        instance.free_before = dict(event.free)
         if instance.tree_gone:
+            operation.found_empty = self.roster.found_empty(instance)
             return self._launching.start(instance, operation)
         return self._sleeping.tell_awake(instance, operation)
 
@@ -290,8 +293,7 @@ class Fleet:
             return self._stopping.kill(instance)
         if ending:
             self.roster.begin(instance, Doing.SLEEP, Stage.ENDING, now, depth=Depth.STOPPED, reason="it was on its way")
-            after = After.SLEEP if instance.emulates_sleep else After.STOP
-            return self._stopping.kill(instance, after)
+            return self._stopping.kill_and_keep(instance)
         if not alive and instance.ended_at is not None:  # as every watcher knows: it was to be started again
             instance.error = Failure(CrashClass.ERROR, "the daemon ended before it could start it again; wake it")
             instance.enter(State.FAILED)
@@ -331,15 +333,11 @@ class Fleet:
             instance.depth = Depth.LEVEL_1
         wakers, operation.requests = operation.requests, []
         self.roster.finish(instance, "")
-        effects: list[fx.Effect] = [fx.OpenGate(event.id)] if instance.state is State.READY else []
-        effects += [fx.Save(event.id), fx.PublishState(instance), *idle_timer(self.roster, instance, now)]
-        for request in wakers:
-            effects += self._sleeping.wake(ev.Wake(request, event.id), now)
-        return effects
+        gate = [fx.OpenGate(event.id)] if instance.state is State.READY else []
+        timers = idle_timer(self.roster, instance, now)
+        woken = self._sleeping.wake_for(wakers, instance, now)
+        return [*gate, fx.Save(event.id), fx.PublishState(instance), *timers, *woken]
 
     def restore_swap(self, saved: Mapping[str, Any], now: float) -> list[fx.Effect]:
         """Take back a swap that an earlier daemon did not bring to its end; after all instances were restored."""
-        effects = self._swapping.restore(saved, now)
-        while more := self._advance(now):
-            effects = [*effects, *more]
-        return [one for one in effects if not (isinstance(one, fx.Reply) and one.request == ev.NOBODY)]
+        return self._settle(self._swapping.restore(saved, now), now)

@@ -216,6 +216,8 @@ class Instance:
             stopped to stay.
         canary: what it answered to the canary before its first sleep.
         memory: by depth, what it was measured to hold.
+        free_before: MiB by UUID, what its accelerators had free just before its last start or wake that was to wait for
+            memory there.
         last_used: the last time at which it was seen to answer a request, or became ready.
         moves: counts what was begun with it; what was measured before is no matter any more.
         notes: what was decided about it and why, the newest last.
@@ -250,6 +252,7 @@ class Instance:
     heading: Depth | None = None
     canary: str | None = None
     memory: dict[int, Memory] = field(default_factory=dict)
+    free_before: dict[str, int] = field(default_factory=dict)
     last_used: float | None = None
     moves: int = 0
     notes: list[Note] = field(default_factory=list)

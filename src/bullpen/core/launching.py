@@ -119,7 +119,7 @@ class Launching:
         if problem is not None:
             return self.fail(instance, problem, now)
         if event.served.uds is not None:
-            return self._prepared(instance, None, now)
+            return self._prepared(instance, None)
         port = event.served.port or self._earlier_port(instance)
         error = None if port is None else self._port_refusal(instance, port)
         if error is not None:
@@ -152,9 +152,9 @@ class Launching:
         if instance is None:
             return []
         self._roster.ports[event.port] = event.id
-        return self._prepared(instance, event.port, now)
+        return self._prepared(instance, event.port)
 
-    def _prepared(self, instance: Instance, port: int | None, now: float) -> list[fx.Effect]:
+    def _prepared(self, instance: Instance, port: int | None) -> list[fx.Effect]:
         served, operation = instance.served, self._roster.operation(instance.id)
         assert served is not None and operation is not None
         host = served.host or self._roster.limits.instance_host
@@ -164,7 +164,7 @@ class Launching:
         operation.stage = Stage.QUEUED
         return []
 
-    def wait(self, instance: Instance, operation: Operation, now: float) -> list[fx.Effect]:
+    def wait(self, instance: Instance) -> list[fx.Effect]:
         """It is not its turn yet: show it, so that its caller need not wait as well."""
         instance.phase = WAITING_PHASE
         return [*self._list(instance), fx.SetTimer(instance.id, OPERATION_TIMER, self._roster.patience.turn)]
@@ -301,6 +301,7 @@ class Launching:
         word = "restarted" if operation is not None and operation.restarted else "started"
         error = EngineError(operation.error) if operation is not None and operation.error is not None else None
         since = operation.since if operation is not None else instance.created_at
+        before = operation.found_empty if operation is not None else {}
         instance.note(now, f"{word} in {now - since:.2f} s")
         answers = roster.finish(instance, word, error)
         return [
@@ -308,7 +309,7 @@ class Launching:
             fx.Save(instance.id),
             fx.PublishState(instance),
             saved,
-            fx.Measure(instance.id),
+            fx.Measure(instance.id, before),
             *idle_timer(roster, instance, now),
             *answers,
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -55,6 +56,7 @@ class Operation:
         error: what is answered although it may have come to a good end: what was asked for could not be done.
         restarted: whether its process had to be replaced.
         wakers: requests to wake it again as soon as it sleeps.
+        found_empty: of a start: MiB that were free just before on those of its accelerators that nobody used.
     """
 
     number: int
@@ -64,13 +66,13 @@ class Operation:
     reason: str
     since: float
     drain: float = 0.0
-    refuse: bool = False
     requests: list[int] = field(default_factory=list)
     waits_for: str = ""
     swap: int | None = None
     error: str | None = None
     restarted: bool = False
     wakers: list[int] = field(default_factory=list)
+    found_empty: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def holds_turn(self) -> bool:

@@ -114,7 +114,11 @@ def sleep_of(instance: Instance) -> dict[str, Any]:
         for depth, held in sorted(instance.memory.items())
         if depth != Depth.STOPPED
     }
-    return {**document, "memory": memory} if memory else document
+    if memory:
+        document["memory"] = memory
+    if instance.free_before:
+        document["free_before_mib"] = dict(instance.free_before)
+    return document
 
 
 def depth_name(depth: Depth) -> str:

@@ -198,6 +198,21 @@ class Roster:
         asked = None if gpu is None or share is None else int(share * gpu.memory_mib)
         return max((mib for mib in (needed, asked) if mib is not None), default=None)
 
+    def is_alone(self, instance: Instance, uuid: str) -> bool:
+        """Whether no other instance has anything to do with an accelerator, not even one that sleeps there or has
+        ended: what changes on it is this one's doing."""
+        return not any(uuid in other.gpus for other in self.instances.values() if other is not instance)
+
+    def found_empty(self, instance: Instance) -> dict[str, int]:
+        """What was free before a start on those accelerators of an instance that nobody used, strangers included."""
+        return {
+            gpu.uuid: free
+            for gpu in self.gpus
+            if (free := instance.free_before.get(gpu.uuid)) is not None
+            and gpu.memory_mib - free <= CONTEXT_MIB  # the driver keeps some for itself
+            and self.is_alone(instance, gpu.uuid)
+        }
+
     def profile_key(self, instance: Instance) -> str:
         """The key under which things are remembered for an instance."""
         return profile_key(instance, self._gpu_name(instance))

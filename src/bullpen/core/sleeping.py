@@ -1,11 +1,13 @@
 """Sleep and wake: of the engine's own kind, or emulated by a stop that keeps the slot.
 
-Down: drain → its turn → tell the engine, confirmed and measured → asleep. Emulated: drain → end the process → asleep.
+Down: drain → its turn → tell the engine, confirmed and measured (emulated: end the process) → asleep.
 Up: its turn → memory free → tell the engine, confirmed and compared with its canary → ready. Without a process, or
 where that failed: a start like any other (`launching`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
@@ -96,13 +98,14 @@ class Sleeping:
         swap: int | None = None,
     ) -> list[fx.Effect]:
         """Begin the way down of an instance that may go."""
-        fields = {"depth": depth, "reason": reason, "drain": drain, "refuse": refuse, "swap": swap}
+        fields = {"depth": depth, "reason": reason, "drain": drain, "swap": swap}
         operation = self._roster.begin(instance, Doing.SLEEP, Stage.DRAINING, now, **fields)
         if request is not None:
             operation.requests.append(request)
         instance.note(now, f"goes to sleep ({words(depth, instance)}): {reason}")
         if instance.state is State.SLEEPING:  # nothing is in flight
-            return [fx.ClearTimers(instance.id), *self._drained(instance, operation)]
+            operation.stage = Stage.QUEUED
+            return [fx.ClearTimers(instance.id)]
         return [
             fx.ClearTimers(instance.id),
             fx.Drain(instance.id, operation.number, drain, refuse),
@@ -118,9 +121,6 @@ class Sleeping:
         if event.left:
             instance.note(now, f"{event.left} requests were cut off after {operation.drain:g} s")
         instance.last_used = max(instance.last_used or 0.0, now if event.left else now - event.idle_seconds)
-        return self._drained(instance, operation)
-
-    def _drained(self, instance: Instance, operation: Operation) -> list[fx.Effect]:
         operation.stage = Stage.QUEUED
         return []
 
@@ -144,8 +144,7 @@ class Sleeping:
     def _end(self, instance: Instance, operation: Operation) -> list[fx.Effect]:
         operation.stage = Stage.ENDING
         instance.heading = Depth.STOPPED
-        after = After.SLEEP if instance.emulates_sleep else After.STOP
-        return [fx.ClearTimers(instance.id), fx.Save(instance.id), *self._stopping.kill(instance, after)]
+        return [fx.ClearTimers(instance.id), fx.Save(instance.id), *self._stopping.kill_and_keep(instance)]
 
     def slept(self, event: ev.Slept, now: float) -> list[fx.Effect]:
         """The engine sleeps."""
@@ -160,20 +159,18 @@ class Sleeping:
         if instance.state is not State.SLEEPING:
             instance.enter(State.SLEEPING)
         instance.depth = operation.depth
-        wakers, operation.wakers = operation.wakers, []
-        answers = self._roster.finish(instance, SLEEPING, seconds=now - operation.since)
         seconds = now - operation.since
+        wakers, operation.wakers = operation.wakers, []
+        answers = self._roster.finish(instance, SLEEPING, seconds=seconds)
         instance.note(now, f"fell asleep in {seconds:.2f} s ({words(operation.depth, instance)}): {operation.reason}")
-        asleep = [
+        return [
             fx.ClearTimers(instance.id),
             fx.Save(instance.id),
             fx.PublishState(instance),
             *idle_timer(self._roster, instance, now),
             *answers,
+            *self.wake_for(wakers, instance, now),
         ]
-        for request in wakers:
-            asleep += self.wake(ev.Wake(request, instance.id), now)
-        return asleep
 
     def ended(self, instance: Instance, after: After, now: float) -> list[fx.Effect]:
         """No process is left of an instance that was to end and stay: it sleeps so, is stopped, or is started again."""
@@ -192,9 +189,7 @@ class Sleeping:
         wakers, operation.wakers = operation.wakers, []
         answers = self._roster.finish(instance, SLEEPING)
         told = [fx.ClearTimers(instance.id), fx.Save(instance.id), fx.PublishState(instance), *answers]
-        for request in wakers:
-            told += self.wake(ev.Wake(request, instance.id), now)
-        return told
+        return [*told, *self.wake_for(wakers, instance, now)]
 
     # -- up ----------------------------------------------------------------------------------------------------
 
@@ -215,6 +210,10 @@ class Sleeping:
             instance.note(now, f"asked to wake, refused: {error}", refusal=True)
             return [fx.Reply(event.request, error=error)]
         return self.begin_wake(instance, now, reason="asked to", request=event.request)
+
+    def wake_for(self, requests: Iterable[int], instance: Instance, now: float) -> list[fx.Effect]:
+        """Wake an instance for those who asked while that had to wait."""
+        return [effect for request in requests for effect in self.wake(ev.Wake(request, instance.id), now)]
 
     def _turn_back(self, instance: Instance, now: float) -> list[fx.Effect]:
         """Call a way down off that has not come to the engine yet."""
@@ -283,7 +282,7 @@ class Sleeping:
         ]
 
     def tell_awake(self, instance: Instance, operation: Operation) -> list[fx.Effect]:
-        """Tell the engine to wake, or, from level 1 to a deeper sleep, to go there."""
+        """Tell the engine to wake: from the depth at which it sleeps, or to which it may have come."""
         operation.stage = Stage.ENGINE
         instance.heading = Depth.AWAKE
         depth = instance.depth if instance.state is State.SLEEPING else operation.depth

@@ -70,8 +70,9 @@ class Stepping:
             return []
         if event.in_flight == 0:
             return self._step_down(instance, step, now)
-        held = f"{event.in_flight} requests wait at its gate" if event.in_flight else "its server does not say whether"
-        why = f"goes no deeper for now: {held}{'' if event.in_flight else ' requests wait'}"
+        unknown = "its server does not say whether requests wait"
+        held = unknown if event.in_flight is None else f"{event.in_flight} requests wait at its gate"
+        why = f"goes no deeper for now: {held}"
         if instance.reason != why:
             instance.note(now, why)
         return [fx.SetTimer(instance.id, IDLE_TIMER, ASK_AGAIN), fx.PublishState(instance)]

@@ -129,6 +129,10 @@ class Stopping:
         pending.killing, pending.kill_at, pending.after = True, None, after
         return [fx.KillTree(instance.id)]
 
+    def kill_and_keep(self, instance: Instance) -> list[fx.Effect]:
+        """End every process of an instance that is to stay: so it sleeps, where that is emulated, or is stopped."""
+        return self.kill(instance, After.SLEEP if instance.emulates_sleep else After.STOP)
+
     def killed(self, instance_id: str) -> Instance | None:
         """The instance whose tree was being killed, that being over now."""
         pending = self._roster.pending.get(instance_id)

@@ -1,4 +1,4 @@
-"""A model's files on this host: how large its weights are, where they lie, what its KV cache takes.
+"""A model's files on this host: how large its weights are, where they lie.
 
 Read without a network and without the Hub's library, for an estimate before a first start. What a start then really
 took is measured, and counts from then on.
@@ -15,8 +15,6 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
 """Leftovers of a training, which no server reads."""
-NESTED = ("text_config", "llm_config")
-"""Where a model of more than text keeps the part that has the KV cache."""
 
 
 def model_folder(model: str, environ: Mapping[str, str]) -> Path | None:
@@ -75,58 +73,16 @@ def files_in(folder: Path) -> list[Path]:
 def weight_mib(model_folder: Path) -> int | None:
     """The weights of a model in MiB, as the index says or else as large as the files are; None where there are none."""
     metadata = read_json(model_folder / INDEX).get("metadata")
-    total = number(metadata, "total_size") if isinstance(metadata, dict) else None
+    total = positive(metadata.get("total_size")) if isinstance(metadata, dict) else None
     if total is None:
         with suppress(OSError):
             total = sum(file.stat().st_size for file in files_in(model_folder))
     return to_mib(total) if total else None
 
 
-def kv_mib(model_folder: Path, tokens: int, dtype_bytes: int = 2) -> int | None:
-    """The KV cache for so many tokens, over all GPUs together, in MiB.
-
-    For layers whose attention sees a window alone this is too much: they are counted as if they saw everything.
-
-    Args:
-        model_folder: holds ``config.json``.
-        tokens: of all requests together.
-        dtype_bytes: of one number in the cache: 2, or 1 with ``--kv-cache-dtype fp8``.
-
-    Returns:
-        None where the configuration does not say enough.
-    """
-    config = read_json(model_folder / "config.json")
-    nested = next((config[name] for name in NESTED if isinstance(config.get(name), dict)), config)
-    numbers = kv_numbers(nested)
-    return None if numbers is None else to_mib(numbers * dtype_bytes * tokens)
-
-
-def kv_numbers(config: Mapping[str, Any]) -> int | None:
-    """How many numbers one token has in the KV cache, over all layers; None where the configuration does not say.
-
-    As in vLLM's ``v1/kv_cache_interface.py``: ``AttentionSpec`` has ``num_kv_heads * (head_size + head_size_v)`` for
-    one token and layer, a key and a value for each head; ``MLAAttentionSpec`` has one latent vector and no values.
-    """
-    layers = number(config, "num_hidden_layers", "n_layer", "n_layers")
-    heads = number(config, "num_attention_heads", "n_head", "n_heads")
-    hidden = number(config, "hidden_size", "n_embd", "d_model")
-    kinds = config.get("layer_types")
-    if layers is not None and isinstance(kinds, list):
-        layers = min(layers, sum(kind != "linear_attention" for kind in kinds))
-    latent = number(config, "kv_lora_rank")
-    if layers is not None and latent is not None:
-        return layers * (latent + (number(config, "qk_rope_head_dim") or 0))
-    size = number(config, "head_dim") or (hidden // heads if hidden and heads else None)
-    kv_heads = number(config, "num_key_value_heads", "num_kv_heads") or heads
-    if layers is None or kv_heads is None or size is None:
-        return None
-    return 2 * layers * kv_heads * size
-
-
-def number(values: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these that is a positive whole number."""
-    found = (values.get(name) for name in names)
-    return next((value for value in found if isinstance(value, int) and value > 0 and value is not True), None)
+def positive(value: object) -> int | None:
+    """A value that is a positive whole number; None for any other."""
+    return value if isinstance(value, int) and value > 0 and value is not True else None
 
 
 def to_mib(count: int) -> int:

@@ -81,13 +81,12 @@ class Actuation:
 
     async def _drain(self, instance: Instance, effect: fx.Drain) -> ev.Event:
         try:
-            left = await self._control.drain(instance, effect.seconds, "refuse" if effect.refuse else "hold")
+            seen = await self._control.drain(instance, effect.seconds, "refuse" if effect.refuse else "hold")
         except EngineCallError:
             with suppress(EngineCallError):
                 await self._control.set_gate(instance, "open")
             raise
-        idle = (await self._control.activity(instance)).idle_seconds
-        return ev.Drained(effect.id, effect.operation, left, idle)
+        return ev.Drained(effect.id, effect.operation, seen.in_flight, seen.idle_seconds)
 
     async def send_away(self, instance: Instance) -> None:
         """Have a server that is about to be killed refuse those whom its gate holds: a 503 says more than a connection
@@ -151,10 +150,10 @@ class Actuation:
     # -- memory ------------------------------------------------------------------------------------------------
 
     async def _await_memory(self, instance: Instance, effect: fx.AwaitMemory) -> ev.Event:
-        problem = await wait_for_memory(self._resources.gpus, effect.needs, effect.seconds, self.owners)
-        if problem is not None:
-            return ev.MemoryShort(effect.id, effect.operation, problem)
-        return ev.MemoryFree(effect.id, effect.operation)
+        found = await wait_for_memory(self._resources.gpus, effect.needs, effect.seconds, self.owners)
+        if isinstance(found, str):
+            return ev.MemoryShort(effect.id, effect.operation, found)
+        return ev.MemoryFree(effect.id, effect.operation, found)
 
     async def owners(self) -> Mapping[int, str]:
         """Which process belongs to which instance, by pid and id."""
@@ -174,24 +173,29 @@ class Actuation:
         moves, depth = instance.moves, instance.depth
         pids = set(await self._pids(instance))
         host = await asyncio.to_thread(tree_mib, pids)
-        return ev.Measured(effect.id, moves, depth, Memory(await self._gpu_mib(instance, pids), host))
+        return ev.Measured(effect.id, moves, depth, Memory(await self._gpu_mib(instance, pids, effect.before), host))
 
-    async def _gpu_mib(self, instance: Instance, pids: set[int]) -> int | None:
+    async def _gpu_mib(self, instance: Instance, pids: set[int], before: Mapping[str, int]) -> int | None:
         """What an instance holds on each of its accelerators, the most of them; None where nobody can tell."""
-        held = [await self._held_on(uuid, pids) for uuid in instance.gpus]
+        held = [await self._held_on(uuid, instance, pids, before.get(uuid)) for uuid in instance.gpus]
         return max((mib for mib in held if mib is not None), default=None)
 
-    async def _held_on(self, uuid: str, pids: set[int]) -> int | None:
+    async def _held_on(self, uuid: str, instance: Instance, pids: set[int], before: int | None) -> int | None:
         try:
             use = await self._resources.gpus.memory(uuid)
         except StateError:
             return None
+        if not use.processes:
+            # In a container the driver may show nobody. Whether somebody has come meanwhile is known only now.
+            if before is None or not self._fleet.roster.is_alone(instance, uuid):
+                return None
+            return before - use.free_mib if use.free_mib < before else None
         ours = [process.mib for process in use.processes if process.pid in pids]
         known = [mib for mib in ours if mib is not None]
         if len(known) == len(ours) and ours:
             return sum(known)
         alone = all(process.pid in pids for process in use.processes)
-        return use.total_mib - use.free_mib if alone and use.processes else None
+        return use.total_mib - use.free_mib if alone else None
 
     async def _prefetch(self, instance: Instance, effect: fx.Prefetch) -> None:
         if instance.served is None:

@@ -68,20 +68,20 @@ class EngineControl:
         call = Call("POST", f"{GATE}?mode={mode}")
         return _activity(call, await _Session(instance, seconds).send(call))
 
-    async def drain(self, instance: Instance, seconds: float, mode: Literal["hold", "refuse"]) -> int:
-        """Close the gate and wait until no request is in flight, ``seconds`` at most; how many are left then.
+    async def drain(self, instance: Instance, seconds: float, mode: Literal["hold", "refuse"]) -> Activity:
+        """Close the gate and wait until no request is in flight, ``seconds`` at most; what the server is doing then.
 
         Where the gate itself is slow to answer it may take `GATE_SECONDS` longer.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        in_flight = (await self.set_gate(instance, mode)).in_flight
+        seen = await self.set_gate(instance, mode)
         tick = FIRST_TICK
-        while in_flight and (left := deadline - loop.time()) > 0:
+        while seen.in_flight and (left := deadline - loop.time()) > 0:
             await asyncio.sleep(min(tick, left))
             tick = min(tick * TICK_GROWTH, LONGEST_TICK)
-            in_flight = (await self.activity(instance)).in_flight
-        return in_flight
+            seen = await self.activity(instance)
+        return seen
 
     async def sleep(self, instance: Instance, level: int, seconds: float, *, deepen: bool = False) -> None:
         """Put the server to sleep at level 1 or 2; ``deepen``: it sleeps at level 1 and shall at level 2.

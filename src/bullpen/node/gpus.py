@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from bullpen.core.devices import Gpu, GpuProcess, MemoryUse, select
 from bullpen.errors import StateError
-from bullpen.node.mock_gpus import MockGpus, describe_mock
+from bullpen.node.mock_gpus import MockGpus
 from bullpen.node.nvml import Nvml
 from bullpen.node.settings import Settings
 
@@ -25,8 +25,6 @@ __all__ = [
     "Owners",
     "find_gpus",
     "foreign_processes",
-    "mock_gpus",
-    "nvidia_gpus",
     "wait_for_memory",
 ]
 
@@ -154,24 +152,10 @@ async def find_gpus(settings: Settings, folder: Path, environ: Mapping[str, str]
     return gpus
 
 
-def mock_gpus(count: int) -> list[Gpu]:
-    """Accelerators that do not exist, for tests and for machines without any."""
-    return [describe_mock(index) for index in range(count)]
-
-
-def nvidia_gpus() -> list[Gpu]:
-    """What NVML shows; nothing where there is no driver. May hang as long as the driver does.
-
-    Raises:
-        StateError: there is a driver and it does not work.
-    """
-    return Nvml().list_gpus()
-
-
 # -- waiting for memory ----------------------------------------------------------------------------------------------
 
 
-async def wait_for_memory(gpus: Gpus, needs: Mapping[str, int], seconds: float, owners: Owners) -> str | None:
+async def wait_for_memory(gpus: Gpus, needs: Mapping[str, int], seconds: float, owners: Owners) -> dict[str, int] | str:
     """Wait until each GPU has so much memory free. What a process held comes back some time after its end.
 
     Args:
@@ -181,8 +165,8 @@ async def wait_for_memory(gpus: Gpus, needs: Mapping[str, int], seconds: float, 
         owners: asked at the deadline, for who holds the memory.
 
     Returns:
-        None when the memory is free; else one sentence: which GPU, how much is missing, who holds it, what to do. At
-        once where a GPU has not so much at all, or the driver does not answer.
+        What each has free, in MiB by UUID, once that is enough; else one sentence: which GPU, how much is missing, who
+        holds it, what to do. At once where a GPU has not so much at all, or the driver does not answer.
     """
     end = time.monotonic() + seconds
     pause = FIRST_PAUSE
@@ -193,7 +177,7 @@ async def wait_for_memory(gpus: Gpus, needs: Mapping[str, int], seconds: float, 
             return str(problem)
         short = [uuid for uuid, use in uses.items() if use.free_mib < needs[uuid]]
         if not short:
-            return None
+            return {uuid: use.free_mib for uuid, use in uses.items()}
         named = {gpu.uuid: gpu for gpu in gpus.list()}
         for uuid in short:
             if uses[uuid].total_mib < needs[uuid]:

@@ -2,7 +2,7 @@
 
 A folder has one sub-folder for each GPU, named by its index. In it are ``total``, the GPU's memory in MiB, and one file
 for each process that holds some, named by its pid and with the MiB as text. The simulator's engine writes those; it
-finds the folder by the variable `FOLDER_VARIABLE`. As on a real GPU, a process that has ended holds nothing.
+finds the folder by the variable ``BULLPEN_MOCK_GPU_DIR``. As on a real GPU, a process that has ended holds nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from bullpen.errors import StateError
 from bullpen.node.shared_memory import boot_time
 from bullpen.node.trees import Process, read_process
 
-FOLDER_VARIABLE = "BULLPEN_MOCK_GPU_DIR"
 MEMORY_MIB = 81920
 SLACK = 1.0
 """Seconds. A file so much older than the process of its name was left by an earlier process of that number."""

@@ -24,7 +24,7 @@ from typing import Any
 from bullpen.core import effects as fx
 from bullpen.core import events as ev
 from bullpen.core import request
-from bullpen.core.explain import explain
+from bullpen.core.explain import explain, verdicts
 from bullpen.core.fleet import Fleet
 from bullpen.core.instance import Config, Depth, Instance
 from bullpen.engines.registry import ENGINES
@@ -163,7 +163,7 @@ class Supervisor:
         except Exception as problem:
             # The event's own effects may be half done; the others must go on, and the caller must hear something.
             logger.exception("handling %s failed; this is a bug in Bullpen", type(event).__name__)
-            if isinstance(event, ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap):
+            if isinstance(event, ev.Request):
                 error = LaunchError(f"this failed inside Bullpen ({type(problem).__name__}); its log has more")
                 self._answer(fx.Reply(event.request, error=error))
 
@@ -176,7 +176,7 @@ class Supervisor:
         else:
             waiting.set_result(reply)
 
-    async def _ask(self, event: ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap) -> fx.Reply:
+    async def _ask(self, event: ev.Request) -> fx.Reply:
         """Submit a request and wait for its answer. Raises the error that it is answered with."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting[event.request] = waiting
@@ -184,7 +184,7 @@ class Supervisor:
         reply: fx.Reply = await waiting
         return reply
 
-    async def _ask_of(self, event: ev.Create | ev.Stop | ev.Sleep | ev.Wake | ev.Swap) -> Instance:
+    async def _ask_of(self, event: ev.Request) -> Instance:
         """The same, for answers that are about one instance."""
         reply = await self._ask(event)
         assert reply.instance is not None
@@ -371,6 +371,21 @@ class Supervisor:
             NotFoundError: there is none of that id.
         """
         return explain(self.fleet.roster, self.fleet.get(instance_id), time.time())
+
+    async def judge(self, instance_id: str, level: int, *, works: bool, why: str) -> dict[str, Any]:
+        """Remember for an instance's model, engine and GPU whether a level of sleep works, which decides whether the
+        ladder uses it.
+
+        Returns:
+            What is remembered of each level now, as JSON data.
+
+        Raises:
+            NotFoundError: there is none of that id.
+            ConflictError: it was started without the engine's sleep.
+        """
+        self._refuse_if_closing()
+        instance = await self._ask_of(ev.Judge(next(self._requests), instance_id, Depth(level), works, why))
+        return verdicts(self.fleet.roster, instance)
 
     async def gpu_report(self) -> dict[str, Any]:
         """The accelerators, who has them and what memory is held there, as JSON data."""

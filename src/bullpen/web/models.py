@@ -185,6 +185,9 @@ class Instance(BaseModel):
     sleep_emulated: bool | None = Field(None, description="true while it sleeps by having no process")
     activity: Activity | None = Field(None, description="what is being done with it")
     memory: Memory | None = None
+    free_before_mib: dict[str, int] | None = Field(
+        None, description="what its GPUs had free just before its last start or wake, in MiB by UUID"
+    )
     last_used_at: str | None = None
     reason: str | None = Field(None, description="what was decided about it last, and why; `explain` has more")
     ended_at: str | None = None

@@ -1,4 +1,4 @@
-"""The v2 API: sleep and wake of an instance, and why it is as it is."""
+"""The v2 API: sleep and wake of an instance, what works of it, and why it is as it is."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ async def wake(request: Request, instance_id: str) -> Response:
     """Wake an instance that sleeps, start one that was stopped or has failed; it is ready when the reply comes."""
     supervisor = supervisor_of(request)
     return JSONResponse(supervisor.describe(await supervisor.wake(instance_id)))
+
+
+@router.post(
+    "/verdicts",
+    response_model=sleep_models.Verdicts,
+    responses=documented(404, 409, 422, 500),
+    summary="Tell whether a level of sleep works",
+)
+async def judge(request: Request, instance_id: str, found: sleep_models.NewVerdict) -> Response:
+    """Remember for the instance's model, engine and GPU what somebody found out; the ladder leaves out what fails.
+
+    It counts like what Bullpen sees itself: the last word about a level is the one that is kept.
+    """
+    verdicts = await supervisor_of(request).judge(instance_id, found.level, works=found.works, why=found.why)
+    return JSONResponse(verdicts)
 
 
 @router.get(

@@ -10,6 +10,7 @@ from pydantic.config import JsonDict
 from bullpen.web.models import EXAMPLE_CONFIG, EXAMPLE_INSTANCE, Activity, Instance, VllmConfig
 
 LONGEST_DRAIN = 24 * 3600
+ONE_LINE = r"^[^\x00-\x1f\x7f]*$"
 EXAMPLE_SWAP: JsonDict = {"in": "coder", "out": "auto", "drain": 10}
 EXAMPLE_NEW_IN: JsonDict = {"in": {"instance_id": "coder", **EXAMPLE_CONFIG}, "out": ["chat"], "sleep_level": 1}
 EXAMPLE_ASLEEP: JsonDict = {
@@ -45,6 +46,7 @@ EXAMPLE_GPUS: JsonDict = {
     ],
     "host": {"asleep_mib": 31000, "budget_mib": 262144, "available_mib": 400000},
 }
+EXAMPLE_VERDICT: JsonDict = {"level": 1, "works": False, "why": "it answers otherwise than before the sleep"}
 EXAMPLE_EXPLANATION: JsonDict = {
     "instance_id": "chat",
     "state": "sleeping",
@@ -90,6 +92,16 @@ class SleepQuery(Strictly):
     )
     drain: Drain = None
     new_requests: NewRequests = "hold"
+
+
+class NewVerdict(Strictly):
+    """What somebody found out about a level of sleep."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_VERDICT]})
+
+    level: int = Field(strict=True, ge=1, le=2)
+    works: bool = Field(strict=True, description="whether the model wakes from it and answers as before")
+    why: str = Field(min_length=1, max_length=500, pattern=ONE_LINE, description="how that is known, in one line")
 
 
 class NewInstance(VllmConfig):

@@ -30,6 +30,7 @@ INDEX = {
         "sleep_instance": "POST /v2/vllm/instances/{instance_id}/sleep",
         "wake_instance": "POST /v2/vllm/instances/{instance_id}/wake",
         "explain_instance": "GET /v2/vllm/instances/{instance_id}/explain",
+        "judge_instance": "POST /v2/vllm/instances/{instance_id}/verdicts",
         "swap": "POST /v2/vllm/swap",
         "gpus": "GET /v2/vllm/gpus",
         "launch": "POST /launch",
