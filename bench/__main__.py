@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from rich.table import Table as RichTable
 
-from bench import adoption, daemon, docs, gpu_checkpoint, gpu_sleep, memory, start, swap
+from bench import adoption, daemon, docs, gpu_checkpoint, gpu_sleep, inference, launches, memory, start, swap
 from bench.common import BenchError, Options, Result, UnavailableError
 
 LATEST = Path(__file__).with_name("results") / "latest.json"
@@ -33,6 +33,8 @@ class Name(StrEnum):
     DAEMON = "daemon"
     ADOPTION = "adoption"
     SWAP = "swap"
+    LAUNCHES = "launches"
+    GRPC = "grpc"
     GPU_SLEEP = "gpu-sleep"
     GPU_CHECKPOINT = "gpu-checkpoint"
 
@@ -43,6 +45,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     Name.DAEMON: daemon,
     Name.ADOPTION: adoption,
     Name.SWAP: swap,
+    Name.LAUNCHES: launches,
+    Name.GRPC: inference,
     Name.GPU_SLEEP: gpu_sleep,
     Name.GPU_CHECKPOINT: gpu_checkpoint,
 }

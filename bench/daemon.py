@@ -115,7 +115,7 @@ class Prober:
     @classmethod
     def begin(cls, options: Options, url: str) -> Prober:
         """Begin to ask."""
-        command = [sys.executable, "-m", "bench.prober", f"{url}/health", str(RATE)]
+        command = [sys.executable, "-m", "bench.prober", url, str(RATE)]
         program = servers.Program(command, options.folder / "prober.log", servers.environment(options), pipes=True)
         program.hear()
         return cls(program)
@@ -173,7 +173,7 @@ def latency_under_load(options: Options) -> tuple[list[float | None], list[float
         stubborn = at_once(lambda _: daemon.create(env_vars={"BULLPEN_SIM_STUBBORN": "2"})["instance_id"], STUBBORN)
         for instance_id in stubborn:
             daemon.wait_ready(instance_id)
-        probers = [Prober.begin(options, url) for url in (daemon.url, bare.url)]
+        probers = [Prober.begin(options, f"{url}/health") for url in (daemon.url, bare.url)]
         for prober in probers:
             stack.enter_context(prober.program)
 

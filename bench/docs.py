@@ -18,8 +18,8 @@ HEAD = """\
 
 # Performance
 
-What is measured, beside what, and how. `make bench` measures it on your machine in a quarter of an hour, `make
-bench ARGS=--quick` in three or four minutes; `make bench ARGS="start memory"` runs single benchmarks.
+What is measured, beside what, and how. `make bench` measures it on your machine in twenty minutes, `make bench
+ARGS=--quick` in five; `make bench ARGS="start memory"` runs single benchmarks.
 
 Machines are noisy and differ: rows compare within one table, which was measured in one run, and ratios say more than
 times. Figures are the median, with the smallest and the largest in brackets.

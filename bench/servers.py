@@ -213,7 +213,7 @@ class ForkAfterImport(Program):
 
 
 class Daemon(Program):
-    """Bullpen's daemon on a free port.
+    """Bullpen's daemon on free ports.
 
     Args:
         options: of the run.
@@ -231,12 +231,13 @@ class Daemon(Program):
         variables: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        port = free_port()
+        port, self.grpc_port = free_port(), free_port()
         self.url = f"http://{HOST}:{port}"
         self.instances = f"{self.url}/v2/vllm/instances"
         self.state = state or options.folder / f"state-{port}"
         self._pids: set[int] = set()
-        values = {"host": HOST, "port": port, "engine": engine, "state_dir": self.state, "stop_timeout": 10, **settings}
+        ports = {"host": HOST, "port": port, "grpc_port": self.grpc_port}
+        values = {**ports, "engine": engine, "state_dir": self.state, "stop_timeout": 10, **settings}
         own = {f"BULLPEN_{name.upper()}": str(value) for name, value in values.items()}
         command = [sys.executable, "-m", "bullpen.launcher"]
         super().__init__(
@@ -252,6 +253,12 @@ class Daemon(Program):
         wait_until(lambda: answers(f"{self.url}/ready") or self._ended(), IMPORT_SECONDS, "the zygote to be warm")
         wait_until(lambda: bool(self.spares()), 10, "a spare")
         return self
+
+    def wait_grpc(self) -> None:
+        """Wait until it serves gRPC, which it begins to do when the REST API answers."""
+        wait_until(
+            lambda: f"gRPC ready on {HOST}:{self.grpc_port}" in self.log.read_text() or self._ended(), 30, "gRPC"
+        )
 
     def _ended(self) -> bool:
         if not self.alive():

@@ -57,6 +57,7 @@ class Rpc:
         self.stream_chat = self._stream(INFERENCE + "StreamChat", v.ChatDelta)
         self.complete_v1 = self._stream(INFERENCE + "Complete", v.Completion)
         self.stream_complete = self._stream(INFERENCE + "StreamComplete", v.CompletionDelta)
+        self.relay = self._unary(INFERENCE + "Relay", v.RelayResponse)
         self.embed_v1 = self._stream(INFERENCE + "Embed", v.Embedding)
 
     def _unary(self, path: str, answer: type[Any]) -> Callable[..., Any]:

@@ -14,7 +14,6 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import cast
 
 import httptools
@@ -76,13 +75,7 @@ class Connection(asyncio.Protocol):
         """The answer's body as it comes. Raises ConnectionError where it ends in the middle."""
         while True:
             if self._pieces:
-                piece = b"".join(self._pieces)
-                self._pieces.clear()
-                self._waiting_bytes = 0
-                if self._transport is not None and self._paused:
-                    self._paused = False
-                    self._transport.resume_reading()
-                yield piece
+                yield self._take()
             elif self.complete:
                 return
             else:
@@ -90,7 +83,19 @@ class Connection(asyncio.Protocol):
 
     async def body(self) -> bytes:
         """The answer's whole body. Raises ConnectionError."""
+        if self.complete:  # as a rule it comes with the head
+            return self._take()
         return b"".join([piece async for piece in self.pieces()])
+
+    def _take(self) -> bytes:
+        """What has come of the body."""
+        piece = b"".join(self._pieces)
+        self._pieces.clear()
+        self._waiting_bytes = 0
+        if self._transport is not None and self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        return piece
 
     def abort(self) -> None:
         """Close it at once."""
@@ -186,23 +191,36 @@ class Pool:
         """Whether nobody uses it, and no connection is open."""
         return not self._users and not self._idle
 
-    @asynccontextmanager
-    async def answered(self, request: bytes) -> AsyncIterator[Connection]:
-        """Send a request; inside the context, the connection on which the head of its answer has come.
+    async def answered(self, request: bytes) -> Connection:
+        """Send a request; the connection on which the head of its answer has come, to be given to `put_back`.
 
         Raises:
             OSError: nobody listens there, or the connection was closed too early.
         """
         self._users += 1
         try:
-            async with self._places:
-                connection = await self._asked(request)
-                try:
-                    yield connection
-                finally:
-                    self._put_back(connection)
-        finally:
+            await self._places.acquire()
+            try:
+                return await self._asked(request)
+            except BaseException:
+                self._places.release()
+                raise
+        except BaseException:
             self._users -= 1
+            raise
+
+    def put_back(self, connection: Connection) -> None:
+        """Keep a connection for the next request, or close one whose answer was not read to its end."""
+        self._users -= 1
+        self._places.release()
+        if not connection.reusable:
+            connection.abort()
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._idle.append(connection)
+        if self._sweep is None:
+            self._sweep = loop.call_later(IDLE_SECONDS, self._close_idle)
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -213,18 +231,24 @@ class Pool:
 
     async def _asked(self, request: bytes) -> Connection:
         """A connection on which a request was sent and answered."""
+        lost: ConnectionError | None = None
         while self._idle:
             connection = self._idle.pop()
             if not connection.open:
                 continue
             try:
                 return await _ask(connection, request)
-            except ConnectionError:
+            except ConnectionError as problem:
                 # The server closed it while the request was on its way; what it had begun to answer it has taken.
                 if connection.begun:
                     raise
+                lost = problem
                 break
-        return await _ask(await self._connect(), request)
+        try:
+            connection = await self._connect()
+        except OSError as problem:
+            raise lost or problem from None  # where it has gone altogether, it went with the request
+        return await _ask(connection, request)
 
     async def _connect(self) -> Connection:
         loop, address = asyncio.get_running_loop(), self._address
@@ -238,17 +262,6 @@ class Pool:
                 port = address.port or 0
                 made = await loop.create_connection(Connection, host, port, ssl=tls, server_hostname=name)
         return made[1]
-
-    def _put_back(self, connection: Connection) -> None:
-        """Keep a connection for the next request, or close one whose answer was not read to its end."""
-        if not connection.reusable:
-            connection.abort()
-            return
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
-        self._idle.append(connection)
-        if self._sweep is None:
-            self._sweep = loop.call_later(IDLE_SECONDS, self._close_idle)
 
     def _close_idle(self) -> None:
         """Close the connections that have been idle for long, and look again when the next one has."""
