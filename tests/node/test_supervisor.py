@@ -13,7 +13,7 @@ import pytest
 
 from bullpen.core.instance import Config, Instance, State
 from bullpen.errors import InvalidRequestError, LaunchError, StateError
-from bullpen.node import supervisor as supervisor_module
+from bullpen.node import housekeeping
 from bullpen.node.adoption import BOOT_ID
 from bullpen.node.bus import RevisionGoneError, encode
 from bullpen.node.journal import Journal
@@ -30,7 +30,7 @@ Start = Callable[[], Awaitable[Supervisor]]
 @pytest.fixture
 async def start(tmp_path: Path, subreaper: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     """Start supervisors on the simulator, one after another on the same state directory."""
-    monkeypatch.setattr(supervisor_module, "HOUSEKEEPING_SECONDS", 0.05)
+    monkeypatch.setattr(housekeeping, "SECONDS", 0.05)
     started: list[Supervisor] = []
 
     async def start() -> Supervisor:

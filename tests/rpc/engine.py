@@ -20,12 +20,14 @@ class Asked:
     """A request, and the way to answer it.
 
     Attributes:
+        content: the body as it came.
         gone: set when its client has left before its answer ended.
     """
 
     path: str
     headers: dict[str, str]
     body: Json
+    content: bytes
     connection: int
     writer: asyncio.StreamWriter
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,7 +66,12 @@ class Asked:
 
 
 class Engine:
-    """Calls `script` for each request. `asked` are those that came, `connections` counts who connected."""
+    """Calls `script` for each request. `asked` are those that came, `connections` counts who connected.
+
+    Once `listening` is closed, nobody can connect any more.
+    """
+
+    listening: asyncio.Server
 
     def __init__(self, script: Callable[[Asked], Awaitable[None]]) -> None:
         self.script = script
@@ -81,8 +88,8 @@ class Engine:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 lines = head.decode().split("\r\n")
                 headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
-                body = json.loads(await reader.readexactly(int(headers["content-length"])))
-                asked = Asked(lines[0].split()[1], headers, body, number, writer)
+                content = await reader.readexactly(int(headers["content-length"]))
+                asked = Asked(lines[0].split()[1], headers, json.loads(content), content, number, writer)
                 self.asked.append(asked)
                 await self._answer(asked, reader)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -127,6 +134,7 @@ async def scripted(
     else:
         server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
         address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+    engine.listening = server
     async with server:
         yield engine, address
         server.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import signal
 import subprocess
@@ -41,6 +42,7 @@ def in_flight(simulator: Simulator) -> int:
 
 def calls(rpc: Rpc, **more: float) -> list[grpc.aio.Call]:
     """One call of every kind that generates, none of which ends soon."""
+    as_it_is = json.dumps({"prompt": "x", "max_tokens": LONG}).encode()
     old = bootstrap.CompleteRequest(launch_id="gen", prompts=["x"], max_tokens=LONG)
     new = v1.CompleteRequest(instance_id="gen", prompts=["x", "y"], sampling=v1.Sampling(max_tokens=LONG))
     chat = v1.ChatRequest(
@@ -53,6 +55,7 @@ def calls(rpc: Rpc, **more: float) -> list[grpc.aio.Call]:
         rpc.stream_complete(new, **more),
         rpc.chat(chat, **more),
         rpc.stream_chat(chat, **more),
+        rpc.relay(v1.RelayRequest(instance_id="gen", path="/v1/completions", body=as_it_is), **more),
     ]
 
 

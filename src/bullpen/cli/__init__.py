@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from bullpen import __version__
-from bullpen.cli import demo, doctor, explain, logs, ps, run, serve, sleep, stop, swap, top, validate
+from bullpen.cli import batch, demo, doctor, explain, logs, ps, run, serve, sleep, stop, swap, top, validate
 from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain
 from bullpen.cli.hints import sentence
 from bullpen.errors import BullpenError
@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(batch.app, name="batch")
 
 
 def show_version(wanted: bool) -> None:
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def hint_for(text: str, arguments: Sequence[str]) -> str:
     """What to try after a usage error."""
     name = next((word for word in arguments if not word.startswith("-")), "")
+    if name == "batch":
+        return "See `bullpen batch run --help`."
     if name in ("run", "validate") and text.startswith("No such option"):
         return f"vLLM's own options go behind `--`, as in `bullpen {name} MODEL -- --max-model-len 4096`."
     return f"See `bullpen {name} --help`." if name in COMMANDS else "See `bullpen --help`."

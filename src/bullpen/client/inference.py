@@ -158,6 +158,12 @@ def serialize(message: Any) -> bytes:
     return bytes(message.SerializeToString())
 
 
+def was_aborted(problem: ConnectionFailed) -> bool:
+    """Whether a connection failed between the daemon and an instance that ended while it had the request."""
+    grpc, cause = load_grpc(), problem.__cause__
+    return isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.ABORTED
+
+
 def failure(grpc: Any, problem: Any, address: Address) -> ClientError:
     """The error for a status that is not OK; it has the server's own sentence."""
     code, said = problem.code(), problem.details() or problem.code().name
@@ -178,6 +184,8 @@ def failure(grpc: Any, problem: Any, address: Address) -> ClientError:
         return ConnectionFailed(f"{said} (the gRPC server was looked for at {where}; else give grpc_address)")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimedOut(f"the answer took longer than was allowed: {said}")
+    if code is grpc.StatusCode.ABORTED:
+        return ConnectionFailed(said)
     if code is grpc.StatusCode.CANCELLED:
         return ConnectionFailed(f"the call was ended: {said}")
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -12,7 +12,8 @@ from typing import Any, Self, Unpack, overload
 import httpx
 
 from bullpen.client import lifecycle, messages, wire
-from bullpen.client.batch import BatchProgress, BatchReport, run_batch, server_url
+from bullpen.client.batch import BatchProgress, BatchReport, run_batch_by
+from bullpen.client.batch_ways import way_to
 from bullpen.client.inference import Address, Inference
 from bullpen.client.launches import (
     ChatAnswer,
@@ -362,6 +363,8 @@ class VLLMManager:
     ) -> BatchReport:
         """Send a file of requests to a launch's own OpenAI server; see `bullpen.client.batch.run_batch`.
 
+        Where that server cannot be reached from here, the daemon hands the requests on to it.
+
         Args:
             launch_id: which one.
             source: the requests.
@@ -372,14 +375,15 @@ class VLLMManager:
         """
         launch = await self.status(launch_id)
         instance = await self.instance(launch.instance_id or launch_id)
-        return await run_batch(
-            source,
-            output,
-            base_url=server_url(self.target, instance),
-            model=model or next(iter(instance.served_model_names), launch.model),
-            in_flight=in_flight,
-            on_progress=on_progress,
-        )
+        async with way_to(instance, self.target, self._inference.address) as way:
+            return await run_batch_by(
+                way,
+                source,
+                output,
+                model=model or next(iter(instance.served_model_names), launch.model),
+                in_flight=in_flight,
+                on_progress=on_progress,
+            )
 
     # -- instances ---------------------------------------------------------------------------------------------
 

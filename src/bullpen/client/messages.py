@@ -183,6 +183,13 @@ def chat(
     return Call(f"{INFERENCE}/Chat", message, kinds.ChatResponse)
 
 
+def relay(instance_id: str, path: str, body: bytes) -> Call:
+    """One request of the OpenAI API, as it is."""
+    kinds = load().v1
+    message = build(kinds.RelayRequest, instance_id=instance_id, path=path, body=body)
+    return Call(f"{INFERENCE}/Relay", message, kinds.RelayResponse)
+
+
 def sampling_message(sampling: Sampling) -> Any:
     """The message that says how a text is written."""
     kinds, wanted = load().v1, constraint(sampling)

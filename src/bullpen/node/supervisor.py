@@ -11,14 +11,12 @@ import ctypes
 import itertools
 import logging
 import os
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from bullpen.core import effects as fx
@@ -31,17 +29,14 @@ from bullpen.engines.registry import ENGINES
 from bullpen.errors import LaunchError, NotFoundError, StateError, StuckError
 from bullpen.node.adoption import adopt_all
 from bullpen.node.bus import Bus, encode
-from bullpen.node.cgroups import Cgroups
 from bullpen.node.executor import Executor
 from bullpen.node.gpu_report import gpu_report
-from bullpen.node.gpus import find_gpus
+from bullpen.node.housekeeping import Housekeeping
 from bullpen.node.journal import Journal
-from bullpen.node.logs import Chunk, Logs
-from bullpen.node.ports import Ports
-from bullpen.node.resources import Resources
+from bullpen.node.logs import Chunk
+from bullpen.node.resources import Resources, open_resources
 from bullpen.node.settings import Settings
 from bullpen.node.statedir import StateDir, make_log_dir
-from bullpen.node.trees import Trees
 from bullpen.node.zygotes import Zygotes
 
 logger = logging.getLogger("bullpen")
@@ -49,9 +44,6 @@ logger = logging.getLogger("bullpen")
 PR_SET_CHILD_SUBREAPER = 36
 KEY_VARIABLES = ("BULLPEN_ACCESS_KEY", "VLLM_ACCESS_KEY")
 """Never inherited by an engine."""
-HOUSEKEEPING_SECONDS = 2.0
-REFRESH_SECONDS = 30.0
-"""How old the knowledge of who was used last may be; who is to go for another is asked anew."""
 ENDING = "this daemon is ending; ask again when it is back"
 THREADS = 4
 """For short work that would hold up the event loop: scans, kills, names. Each thread costs memory for good."""
@@ -77,8 +69,7 @@ class Supervisor:
         self._requests = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[fx.Reply]] = {}
         self._closing = False
-        self._housekeeping: asyncio.Task[None] | None = None
-        self._refreshed = 0.0
+        self._housekeeping: Housekeeping | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._end_first: list[Callable[[], Awaitable[None]]] = []
         self.fleet: Fleet
@@ -110,21 +101,8 @@ class Supervisor:
         saved = journal.instances()
         # The old daemon may have ended, or found the disk full, after it saved a change and before it kept the event.
         revision = max([revision for revision, _ in events[-1:]] + [instance.revision for instance in saved], default=0)
-        cgroups = Cgroups(
-            self._state.sockets.name if self._state.sockets.name != "run" else fingerprint(self._state.path)
-        )
-        self.resources = Resources(
-            settings=self.settings,
-            state=self._state,
-            journal=journal,
-            bus=Bus(revision, events),
-            logs=Logs(self._state.logs, self.settings.log_cap, self._log_dir),
-            ports=Ports(),
-            cgroups=cgroups,
-            trees=Trees(cgroups),
-            zygotes=zygotes,
-            gpus=await find_gpus(self.settings, self._state.mock_gpus, os.environ),
-        )
+        bus = Bus(revision, events)
+        self.resources = await open_resources(self.settings, self._state, journal, bus, zygotes, self._log_dir)
         self.fleet = Fleet(
             gpus=self.resources.gpus.list(),
             limits=self.settings.limits(),
@@ -136,7 +114,7 @@ class Supervisor:
         # Not earlier: an import takes all the processor time there is, and what lives must be known first.
         with suppress(LaunchError):
             zygotes.get(self.engine, {})
-        self._housekeeping = asyncio.ensure_future(self._keep_house())
+        self._housekeeping = Housekeeping(self.fleet, self.resources, self._executor)
 
     def _make_zygotes(self) -> Zygotes:
         environment = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
@@ -430,28 +408,6 @@ class Supervisor:
 
     # -- life --------------------------------------------------------------------------------------------------
 
-    async def _keep_house(self) -> None:
-        while True:
-            await asyncio.sleep(HOUSEKEEPING_SECONDS)
-            try:
-                await self._keep_house_once()
-            except Exception:
-                logger.exception("housekeeping failed; this is a bug in Bullpen")
-
-    async def _keep_house_once(self) -> None:
-        self._executor.save_again()
-        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
-            self._refreshed = time.monotonic()
-            await self._executor.refresh_activity()
-        for instance in self.fleet.listed():
-            self.resources.logs.enforce_cap(instance.key)
-        if threading.current_thread() is threading.main_thread():
-            # A program that has the supervisor in a thread has children of its own.
-            zygotes = {zygote.pid for zygote in self.resources.zygotes.all()}
-            self.resources.trees.reap_orphans(zygotes | self._executor.children())
-        if self.resources.journal.is_due():
-            await asyncio.to_thread(self.resources.journal.checkpoint)
-
     def begin_shutdown(self) -> None:
         """Take no new instances, refuse those that wait, end every stream, and begin to stop what runs (or leave it,
         where so set). `close` sees it through. May be called more than once."""
@@ -489,15 +445,13 @@ class Supervisor:
         self.begin_shutdown()
         if self._housekeeping is None:
             return
-        self._housekeeping.cancel()
+        self._housekeeping.end()
         self._housekeeping = None
         assert self._stopping is not None
         await self._stopping
         await self.resources.zygotes.close()
         await self._executor.close()
-        self.resources.journal.close()
-        self.resources.cgroups.close()
-        self._state.close()
+        self.resources.close()
 
 
 def choose_engine(settings: Settings) -> str:
@@ -512,8 +466,3 @@ def choose_engine(settings: Settings) -> str:
     if missing:
         raise StateError(missing)
     return "vllm"
-
-
-def fingerprint(path: Path) -> str:
-    """A short name for a state directory."""
-    return uuid.uuid5(uuid.NAMESPACE_URL, str(path)).hex[:12]

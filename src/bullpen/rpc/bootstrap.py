@@ -8,8 +8,8 @@ config's end-of-text tokens too, which the original heeds.)
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,10 +17,10 @@ import grpc
 from bullpen.proto import bootstrap as pb
 from bullpen.rpc import completions, embeddings
 from bullpen.rpc.access import Context
-from bullpen.rpc.failures import CallError, admit, bootstrap_failure
+from bullpen.rpc.failures import CallError, Reported, admit, bootstrap_failure
 from bullpen.rpc.methods import stream, unary
 from bullpen.rpc.ports import Launches, Served
-from bullpen.rpc.upstream import Json, LostError, RefusedError, Upstream
+from bullpen.rpc.upstream import Json, Upstream
 
 SERVICE = "vllm_bootstrap.InferenceService"
 
@@ -109,16 +109,8 @@ class Bootstrap:
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "prompts must not be empty")
         return admit(self._launches, request.launch_id, "generate")
 
-    @asynccontextmanager
-    async def _reported(self, context: Context, launch_id: str, work: str) -> AsyncIterator[None]:
-        """Ends the call with a status where something goes wrong."""
-        try:
-            yield
-        except CallError as problem:
-            await context.abort(problem.code, str(problem))
-        except (RefusedError, LostError) as problem:
-            told = bootstrap_failure(self._launches, launch_id, work, problem)
-            await context.abort(told.code, str(told))
+    def _reported(self, context: Context, launch_id: str, work: str) -> Reported:
+        return Reported(context, partial(bootstrap_failure, self._launches, launch_id, work))
 
 
 class _InTurn:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
 
 from bullpen.proto import v1 as pb
-from bullpen.rpc import chats, completions, embeddings
+from bullpen.rpc import chats, completions, embeddings, relay
 from bullpen.rpc.access import Context
-from bullpen.rpc.failures import CallError, admit, failure
+from bullpen.rpc.failures import CallError, Reported, admit, failure
 from bullpen.rpc.methods import stream, unary
 from bullpen.rpc.ports import Launches, Served, Task
 from bullpen.rpc.sampling import completion_logprobs, completion_parameters
-from bullpen.rpc.upstream import LostError, RefusedError, Upstream
+from bullpen.rpc.upstream import Upstream
 
 SERVICE = "bullpen.v1.Inference"
 
@@ -43,6 +43,7 @@ class Inference:
                 "Chat": unary(self.chat, pb.ChatRequest),
                 "StreamChat": stream(self.stream_chat, pb.ChatRequest),
                 "Embed": stream(self.embed, pb.EmbedRequest),
+                "Relay": unary(self.relay, pb.RelayRequest),
             },
         )
 
@@ -91,6 +92,14 @@ class Inference:
                 async for place, values in vectors:
                     await context.write(pb.Embedding(index=place, values=values))
 
+    async def relay(self, request: pb.RelayRequest, context: Context) -> pb.RelayResponse:
+        """The answer of the instance's own server."""
+        async with Reported(context, partial(relay.failure, self._launches, request.instance_id)):
+            relay.check(request)
+            served = admit(self._launches, request.instance_id, None, "Instance")
+            status, body = await self._upstream.relay(served, request.path, request.body)
+        return pb.RelayResponse(status=status, body=body)
+
     def _admit(self, request: Any, task: Task, name: str, inputs: Any) -> Served:
         """The instance that a call is for, with the name of the model in it that the call asks for."""
         if not inputs:
@@ -98,16 +107,8 @@ class Inference:
         served = admit(self._launches, request.instance_id, task, "Instance")
         return replace(served, served_model_name=request.model) if request.model else served
 
-    @asynccontextmanager
-    async def _reported(self, context: Context, instance_id: str) -> AsyncIterator[None]:
-        """Ends the call with a status where something goes wrong."""
-        try:
-            yield
-        except CallError as problem:
-            await context.abort(problem.code, str(problem))
-        except (RefusedError, LostError) as problem:
-            told = failure(self._launches, instance_id, problem)
-            await context.abort(told.code, str(told))
+    def _reported(self, context: Context, instance_id: str) -> Reported:
+        return Reported(context, partial(failure, self._launches, instance_id))
 
 
 def _fields(piece: completions.Piece) -> dict[str, Any]:

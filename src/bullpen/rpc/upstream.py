@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from types import TracebackType
 from typing import Any
 
 from bullpen.core.instance import Address
@@ -16,6 +16,9 @@ Json = dict[str, Any]
 
 MOST_CONNECTIONS = 512
 """To one instance; further requests wait for one of them, in their order. vLLM computes at most 1024 at a time."""
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class RefusedError(BullpenError):
@@ -31,7 +34,15 @@ class RefusedError(BullpenError):
 
 
 class LostError(BullpenError):
-    """A server does not answer, or stopped in the middle of an answer."""
+    """A server does not answer, or stopped in the middle of an answer.
+
+    Attributes:
+        was_sent: whether it was lost while it had the request, rather than before.
+    """
+
+    def __init__(self, message: str, *, was_sent: bool = False) -> None:
+        super().__init__(message)
+        self.was_sent = was_sent
 
 
 class Upstream:
@@ -52,8 +63,27 @@ class Upstream:
             RefusedError: the server answered with an error.
             LostError: it did not answer.
         """
-        async with self._answer(served, path, body) as answer:
-            return _object(await answer.body())
+        with _Lost():
+            pool = self._pool(served)
+            answer = await pool.answered(_request(served, path, body))
+            try:
+                return _object(await (await _accepted(answer)).body())
+            finally:
+                pool.put_back(answer)
+
+    async def relay(self, served: Served, path: str, body: bytes) -> tuple[int, bytes]:
+        """The status and the body of the answer to a request, whatever they are.
+
+        Raises:
+            LostError: there is no answer.
+        """
+        with _Lost():
+            pool = self._pool(served)
+            answer = await pool.answered(_request(served, path, body))
+            try:
+                return answer.status, await answer.body()
+            finally:
+                pool.put_back(answer)
 
     async def stream(self, served: Served, path: str, body: Json) -> AsyncGenerator[Json, None]:
         """The events of a streamed answer as they come.
@@ -63,16 +93,21 @@ class Upstream:
             LostError: it did not answer, or not to the end.
         """
         ended = False
-        async with self._answer(served, path, body) as answer:
-            left = b""
-            # Read to the end of the answer, beyond the last event: only then can the connection be used again.
-            async for piece in answer.pieces():
-                *lines, left = (left + piece).split(b"\n")
-                for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
-                    if data == b"[DONE]":
-                        ended = True
-                    elif not ended:
-                        yield _event(data)
+        with _Lost():
+            pool = self._pool(served)
+            answer = await pool.answered(_request(served, path, body))
+            try:
+                left = b""
+                # Read to the end of the answer, beyond the last event: only then can the connection be used again.
+                async for piece in (await _accepted(answer)).pieces():
+                    *lines, left = (left + piece).split(b"\n")
+                    for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
+                        if data == b"[DONE]":
+                            ended = True
+                        elif not ended:
+                            yield _event(data)
+            finally:
+                pool.put_back(answer)
         if not ended:
             raise LostError("the answer ended in the middle")
 
@@ -82,22 +117,10 @@ class Upstream:
             pool.close()
         self._pools.clear()
 
-    @asynccontextmanager
-    async def _answer(self, served: Served, path: str, body: Json) -> AsyncIterator[Connection]:
-        """The answer's head, which says that it is no error."""
-        if served.address is None:
+    def _pool(self, served: Served) -> Pool:
+        address = served.address
+        if address is None:
             raise LostError("it has no address yet")
-        try:
-            async with self._pool(served.address).answered(_request(served, path, body)) as answer:
-                if answer.status >= 400:
-                    raise _refusal(answer.status, await answer.body())
-                yield answer
-        except TimeoutError as problem:
-            raise LostError("it does not take connections") from problem
-        except OSError as problem:
-            raise LostError(problem.strerror or str(problem)) from problem
-
-    def _pool(self, address: Address) -> Pool:
         pool = self._pools.get(address)
         if pool is None:
             for other in [other for other, pool in self._pools.items() if pool.unused]:
@@ -106,8 +129,31 @@ class Upstream:
         return pool
 
 
-def _request(served: Served, path: str, body: Json) -> bytes:
-    content = json.dumps(body, separators=(",", ":")).encode()
+class _Lost:
+    """A context that says of what goes wrong on a connection that the server is lost."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(problem, TimeoutError):
+            raise LostError("it does not take connections") from problem
+        if isinstance(problem, OSError):
+            was_sent = isinstance(problem, ConnectionResetError)
+            raise LostError(problem.strerror or str(problem), was_sent=was_sent) from problem
+
+
+async def _accepted(answer: Connection) -> Connection:
+    """An answer that is no error."""
+    if answer.status >= 400:
+        raise _refusal(answer.status, await answer.body())
+    return answer
+
+
+def _request(served: Served, path: str, body: Json | bytes) -> bytes:
+    content = body if isinstance(body, bytes) else _encode(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     if served.api_key is not None:
         head += f"Authorization: Bearer {served.api_key}\r\n"
@@ -123,7 +169,7 @@ def _event(data: bytes) -> Json:
 
 def _object(data: bytes) -> Json:
     try:
-        content = json.loads(data)
+        content = json.loads(data.decode())
     except ValueError as problem:
         raise LostError("the answer is no JSON") from problem
     if not isinstance(content, dict):
