@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from bullpen.cli import words
+from bullpen.cli.display import LiveDisplay
 from bullpen.cli.progress import bar
 from bullpen.client.batch import BatchProgress, BatchReport
 
-FRAMES_PER_SECOND = 8
 LINES = 10
 """How many lines tell of a whole job, where there is no terminal; a slow one has a line each `LINE_SECONDS`."""
 LINE_SECONDS = 60.0
 NOTHING = BatchProgress(0, 0, 0, 0.0, None)
 
 
-class BatchDisplay:
+class BatchDisplay(LiveDisplay):
     """Shows how far a job is.
 
     Args:
@@ -31,24 +29,12 @@ class BatchDisplay:
     """
 
     def __init__(self, console: Console, source: Path, output: Path) -> None:
-        self._console = console
         self._source = source
         self._output = output
         self._progress = NOTHING
         self._told = 0
         self._told_at = time.monotonic()
-        animated = console.is_terminal and not console.is_dumb_terminal
-        self._live = self._new_live() if animated else None
-
-    def _new_live(self) -> Live:
-        return Live(
-            get_renderable=self._render,
-            console=self._console,
-            refresh_per_second=FRAMES_PER_SECOND,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        super().__init__(console)
 
     @property
     def successes(self) -> int:
@@ -97,19 +83,6 @@ class BatchDisplay:
         heading = Text.assemble((self._source.name, "bold"), " → ", (self._output.name, "bold"))
         progress = self._progress
         return Group(heading, bar(progress.done / max(progress.total, 1), line(progress)))
-
-    def __enter__(self) -> BatchDisplay:
-        """Begin to show."""
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the terminal back."""
-        if self._live is not None:
-            self._live.stop()
 
 
 def line(progress: BatchProgress) -> str:
