@@ -28,8 +28,8 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "localhost.localdomain"})
 
 UNAUTHORIZED = (
-    "this daemon needs its access key: send `Authorization: Bearer KEY`, `X-API-Key: KEY`, or HTTP Basic with the key"
-    " as password"
+    "Unauthorized: this daemon needs its access key: send `Authorization: Bearer KEY`, `X-API-Key: KEY`, or HTTP Basic"
+    " with the key as password"
 )
 FORGED = "Host or Origin names another host; without an access key only this host's own programs are answered"
 
