@@ -29,6 +29,14 @@ def has_key(authorization: bytes, key: bytes) -> bool:
     return is_key(given, key)
 
 
+def carries_key(headers: Iterable[tuple[str, bytes]], key: bytes) -> bool:
+    """Whether one of a request's headers, named in small letters, carries the key: `authorization` or `x-api-key`."""
+    return any(
+        (name == "authorization" and has_key(value, key)) or (name == "x-api-key" and is_key(value, key))
+        for name, value in headers
+    )
+
+
 def is_key(given: bytes, key: bytes) -> bool:
     """Whether this is the key, blanks around it aside; in constant time."""
     return hmac.compare_digest(given.strip(), key)

@@ -4,6 +4,7 @@
 class                        means                                   what to do
 ============================ ======================================= ====================================
 `InvalidRequestError`        the request can never work              change it as the text says
+`LaunchRefusedError`         this host has no such model or GPUs      ask for what it has
 `ConflictError`              another instance stands in the way      stop that one, or choose otherwise
 `NotFoundError`              there is no such instance               list them
 `LaunchError`                the server could not be started         the text says what is missing
@@ -32,6 +33,10 @@ class InvalidRequestError(BullpenError):
         super().__init__(message)
         self.field = field
         self.kind = kind
+
+
+class LaunchRefusedError(BullpenError):
+    """A launch that cannot be on this host."""
 
 
 class ConflictError(BullpenError):

@@ -1,5 +1,6 @@
 """vllm-bootstrap: its variables, its ports, and what its servers do not inherit."""
 
+import logging
 import os
 import signal
 import socket
@@ -148,8 +149,9 @@ def test_a_key_file_goes_before_the_variable(served: Callable[..., Settings], tm
         ("VLLM_STOP_TIMEOUT_SECONDS", "soon", "give a number of seconds, such as 10"),
         ("VLLM_STOP_TIMEOUT_SECONDS", "nan", "give a number of seconds"),
         ("VLLM_STOP_TIMEOUT_SECONDS", "-1", "give a number of seconds"),
-        ("VLLM_LOG_READ_CHUNK_BYTES", "3", "give a number of bytes, 4 or more, such as 1048576"),
+        ("VLLM_LOG_READ_CHUNK_BYTES", str(LEAST_PIECE - 1), "give a number of bytes, 8 or more, such as 1048576"),
         ("VLLM_LOG_READ_CHUNK_BYTES", "1MiB", "give a number of bytes"),
+        ("VLLM_BOOTSTRAP_HOST", "h\udcff", "it holds bytes that are no UTF-8"),
     ],
 )
 def test_a_wrong_value_is_one_sentence(
@@ -160,6 +162,28 @@ def test_a_wrong_value_is_one_sentence(
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
     assert shown.err.startswith(f"bullpen: {name} is {text!r}: ") and advice in shown.err
+
+
+@pytest.mark.parametrize("name", ["VLLM_ACCESS_KEY", "BULLPEN_ACCESS_KEY"])
+def test_a_key_that_is_no_text_is_not_quoted(bare: None, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    os.environ[name] = "s3cr3t\udcff"
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith(f"bullpen: {name}") and "it holds bytes that are no UTF-8" in shown.err
+    assert "s3cr3t" not in shown.err
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "a b", "x..y", "a" * 70 + ".b", "1::2::3"])
+def test_a_host_that_cannot_be(
+    bare: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(logging, "disable", lambda: None)  # that would be for all tests to come
+    os.environ.update(VLLM_BOOTSTRAP_HOST=host, VLLM_GRPC_PORT="0", BULLPEN_STATE_DIR=str(tmp_path))
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("bullpen: ") and host in shown.err and "choose another --host" in shown.err
 
 
 def test_a_folder_for_logs_that_cannot_be(bare: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class Box:
         self.launches: dict[str, dict[str, Any]] = {}
         self.log = ""
         self.url: str | None = None
+        self.pid: int | None = None
         self.watchers: list[asyncio.Queue[bytes]] = []
         self.after_call: Callable[[str], object] = lambda _: None
         self.has_watch = has_watch
@@ -75,9 +76,8 @@ class Box:
         if path == wire.WATCH and self.has_watch:
             return httpx.Response(200, stream=Watch(self))
         if path == f"{wire.INSTANCES}/i-one":
-            return httpx.Response(
-                200, json={"instance_id": "i-one", "url": self.url, "served_model_names": ["test/model"]}
-            )
+            server = {"url": self.url, "pid": self.pid, "served_model_names": ["test/model"]}
+            return httpx.Response(200, json={"instance_id": "i-one", **server})
         if path == "/launch" and method == "POST":
             self.launches["one"] = new_launch(json.loads(request.content))
             return httpx.Response(201, json=self.launches["one"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,7 @@ import pytest
 
 from bullpen.client import batch, messages, patience
 from bullpen.client.batch import BatchReport, run_batch_by
-from bullpen.client.batch_ways import ByDaemon, ByHttp, way_to
+from bullpen.client.batch_ways import ByDaemon, ByHttp, Way, way_to
 from bullpen.client.errors import ClientError, ConnectionFailed, Unauthorized, UnexpectedAnswer
 from bullpen.client.inference import Address, Inference
 from bullpen.client.launch_errors import NotFound
@@ -110,30 +111,115 @@ async def test_launch_whose_server_is_out_of_reach(
     assert all(one["response"]["body"]["usage"]["completion_tokens"] == 2 for one in read(tmp_path))
 
 
-async def test_which_way_it_goes() -> None:
-    here, there = Target("http://127.0.0.1:8001"), Target("http://box:8001")
-    listener = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-    async with listener, serving() as rpc:
+class Server:
+    """What listens at a port of this host: it tells its models, and notes who has asked for more or shown a key."""
+
+    def __init__(self, *names: str, status: int = 200) -> None:
+        self.problems: list[str] = []
+        self.answers = 0
+        self._status = status
+        self._body = json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        if not head.startswith("get /v1/models http/1.1\r\n") or "authorization" in head or "x-api-key" in head:
+            self.problems.append(head)
+        self.answers += 1
+        start = f"HTTP/1.1 {self._status} x\r\nConnection: close\r\nContent-Length: {len(self._body)}\r\n\r\n"
+        writer.write(start.encode() + self._body)
+        writer.close()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        listener = await asyncio.start_server(self.answer, "127.0.0.1", 0)
+        async with listener:
+            yield listener.sockets[0].getsockname()[1]
+
+
+HERE, THERE = Target("http://127.0.0.1:8001", "key"), Target("http://box:8001", "key")
+
+
+async def way(instance: Instance, target: Target) -> type[Way]:
+    """Which way a job takes whose server wants a key."""
+    async with serving(access_key="key") as rpc:
         address = Address(f"127.0.0.1:{rpc.server.port}", tls=False, is_local=True)
-        port = listener.sockets[0].getsockname()[1]
-        for target, url, kind in (
-            (here, f"http://127.0.0.1:{port}", ByHttp),
-            (there, f"http://127.0.0.1:{port}", ByDaemon),
-            (here, f"http://127.0.0.1:{free_port()}", ByDaemon),
-            (here, "http+unix:///x/a.sock", ByDaemon),
-            (there, "http+unix:///x/a.sock", ByDaemon),
-            (there, f"http://no-such-host.invalid:{port}", ByDaemon),
-        ):
-            async with way_to(Instance("a", url=url), target, address) as way:
-                assert isinstance(way, kind), (target, url)
-                assert way.place == (url if kind is ByHttp else f"{address.target} (a)")
+        async with way_to(instance, target, address, api_key="secret") as found:
+            assert found.place == (instance.url if isinstance(found, ByHttp) else f"{address.target} (a)")
+            return type(found)
+
+
+@pytest.mark.parametrize(
+    ("server", "goes"),
+    [
+        (Server("m", "other"), ByHttp),
+        (Server(status=401), ByHttp),
+        (Server("other"), ByDaemon),
+        (Server(status=404), ByDaemon),
+        (Server(status=503), ByDaemon),
+    ],
+    ids=["its names", "its key", "another's names", "no such server", "not ready"],
+)
+async def test_server_of_this_host(server: Server, goes: type[Way]) -> None:
+    """The process of the instance's pid listens there. Whether it is the same process, its names tell."""
+    async with server.listening() as port:
+        instance = Instance("a", url=f"http://127.0.0.1:{port}", pid=os.getpid(), served_model_names=["m"])
+        assert await way(instance, HERE) is goes
+        assert await way(instance, THERE) is ByDaemon
+    assert (server.answers, server.problems) == (1, []), "without a key, and only where it may be the one"
+
+
+@pytest.mark.parametrize("pid", [None, 2**30, 1, os.getppid()])
+async def test_stranger_at_the_end_of_a_tunnel_is_asked_nothing(pid: int | None) -> None:
+    """Whatever listens on this host at that port is not the process that the daemon knows."""
+    server = Server("m")
+    async with server.listening() as port:
+        instance = Instance("a", url=f"http://127.0.0.1:{port}", pid=pid, served_model_names=["m"])
+        assert await way(instance, HERE) is ByDaemon
+    assert server.answers == 0
+
+
+@pytest.mark.parametrize(
+    ("server", "daemon", "goes"),
+    [
+        (Server("m"), "http://this.host:8001", ByHttp),
+        (Server("m"), "http://other.host:8001", ByDaemon),
+        (Server("m"), "http://127.0.0.1:8001", ByDaemon),
+        (Server("other"), "http://this.host:8001", ByDaemon),
+        (Server(status=401), "http://this.host:8001", ByDaemon),
+    ],
+)
+async def test_server_of_another_host(
+    monkeypatch: pytest.MonkeyPatch, server: Server, daemon: str, goes: type[Way]
+) -> None:
+    """It is taken for the instance where the daemon is, and shows its names."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **more: resolve("127.0.0.1" if "this" in str(host) else host, *rest, **more),
+    )
+    async with server.listening() as port:
+        instance = Instance("a", url=f"http://this.host:{port}", pid=os.getpid(), served_model_names=["m"])
+        assert await way(instance, Target(daemon, "key")) is goes
+    assert server.problems == []
+
+
+async def test_which_way_it_goes() -> None:
+    for target, url in (
+        (HERE, f"http://127.0.0.1:{free_port()}"),
+        (HERE, "http+unix:///x/a.sock"),
+        (THERE, "http+unix:///x/a.sock"),
+        (THERE, "http://no-such-host.invalid:80"),
+        (Target("http://no-such-host.invalid:8001", "key"), "http://no-such-host.invalid:80"),
+    ):
+        assert await way(Instance("a", url=url, pid=os.getpid()), target) is ByDaemon, (target, url)
     nowhere = Address("127.0.0.1:9", tls=False, is_local=True)
     for instance, said in (
         (Instance("a"), "wake it first"),
         (Instance("a", url="http://127.0.0.1:9"), "looked for at 127.0.0.1:9;"),
     ):
         with pytest.raises(ClientError, match=said):
-            async with way_to(instance, here, nowhere):
+            async with way_to(instance, HERE, nowhere):
                 pass
 
 

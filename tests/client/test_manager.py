@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from itertools import product
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
-from bullpen.client.errors import ClientError, ConnectionFailed, Refused, Unauthorized, UnexpectedAnswer
+from bullpen.client import wire
+from bullpen.client.errors import (
+    ClientError,
+    ConnectionFailed,
+    InvalidRequest,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    UnexpectedAnswer,
+)
 from bullpen.client.inference import Address
 from bullpen.client.launch_errors import (
     Conflict,
-    InvalidRequest,
     LaunchFailed,
     LaunchTimedOut,
     NotFound,
+    RevisionGone,
     ServerFault,
 )
 from bullpen.client.launches import LaunchResponse, LaunchState
 from bullpen.client.manager import VLLMManager
-from bullpen.errors import BullpenError, InvalidRequestError
+from bullpen.errors import BullpenError
 from tests.client.box import URL, Box, new_launch
 
 PATIENCE = 10.0
@@ -68,7 +80,7 @@ async def test_address_of_inference(url: str, given: str | None, target: str, tl
 
 
 def test_no_port_after_the_last_one() -> None:
-    with pytest.raises(InvalidRequestError, match="give grpc_address"):
+    with pytest.raises(InvalidRequest, match="give grpc_address"):
         VLLMManager("http://h:65535")
 
 
@@ -101,9 +113,12 @@ async def test_other_operations(manager: VLLMManager, box: Box) -> None:
     assert [launch.launch_id for launch in await manager.list_launches()] == ["one"]
     assert (await manager.stop("one")).state.ended
     assert box.calls[-1] == "POST /stop/one"
-    with pytest.raises(NotFound, match="Unknown launch_id: a"):
+    with pytest.raises(NotFound, match="Unknown launch_id: ü"):
+        await manager.status("ü")
+    assert box.calls[-1] == "GET /status/%C3%BC"
+    with pytest.raises(InvalidRequest, match="no launch can be called 'a/b'"):
         await manager.status("a/b")
-    assert box.calls[-1] == "GET /status/a%2Fb"
+    assert "b" not in box.calls[-1]
 
 
 async def test_stats(manager: VLLMManager, box: Box) -> None:
@@ -342,6 +357,152 @@ async def test_cancelled_run_leaves_no_launch(manager: VLLMManager, box: Box, mo
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, PATIENCE)
     assert box.calls[-1] == "POST /stop/one"
+
+
+@pytest.mark.parametrize(
+    ("how", "moment"),
+    [
+        *product(("anyio", "twice"), ("POST /launch", "GET /status/one", "in the block")),
+        *product(("all tasks",), ("GET /status/one", "in the block")),  # earlier nobody knows the id
+    ],
+)
+async def test_run_that_is_cancelled_again_and_again_leaves_no_launch(
+    manager: VLLMManager, box: Box, how: str, moment: str
+) -> None:
+    """As by anyio's scopes, at each step anew; by two who cancel; and by `asyncio.run`, whose end cancels the stop."""
+    if moment != "GET /status/one":
+        ready_at_once(box)
+    told, scope = asyncio.Event(), anyio.CancelScope()
+    become_ready = box.after_call
+    this = asyncio.current_task()
+
+    def look(call: str) -> None:
+        become_ready(call)
+        if call == moment:
+            told.set()
+
+    box.after_call = look
+
+    async def work() -> None:
+        with scope:
+            async with manager.run("m"):
+                told.set()
+                await asyncio.sleep(PATIENCE)
+
+    task = asyncio.create_task(work())
+    await asyncio.wait_for(told.wait(), PATIENCE)
+    while not task.done() and box.calls[-1] != "POST /stop/one":
+        if how == "anyio":
+            scope.cancel()
+        elif how == "twice":
+            task.cancel()
+        else:
+            for one in asyncio.all_tasks() - {this}:
+                one.cancel()
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+    await asyncio.wait([task], timeout=PATIENCE)
+    assert task.cancelled() if how != "anyio" else scope.cancelled_caught
+    assert box.launches["one"]["state"] == "stopped"
+
+
+async def test_cancelled_block_is_left_only_when_its_launch_is_stopped(manager: VLLMManager, box: Box) -> None:
+    ready_at_once(box)
+    with anyio.move_on_after(0.05) as scope:
+        async with manager.run("m"):
+            await asyncio.sleep(PATIENCE)
+    assert scope.cancelled_caught
+    assert box.launches["one"]["state"] == "stopped"
+
+
+async def test_stop_that_does_not_end_is_given_up(
+    manager: VLLMManager, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_: VLLMManager, launch_id: str) -> LaunchResponse:
+        await asyncio.sleep(PATIENCE * 10)
+        raise AssertionError(launch_id)
+
+    ready_at_once(box)
+    monkeypatch.setattr("bullpen.client.lifecycle.STOP_SECONDS", 0.05)
+    monkeypatch.setattr(VLLMManager, "stop", hang)
+    with pytest.raises(TimedOut, match=r"not done within 0\.05 s"):
+        async with manager.run("m"):
+            pass
+
+
+# -- what cannot work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"extra_kwargs": {"x": object()}}, "extra_kwargs cannot be sent as JSON"),
+        ({"extra_kwargs": {"x": float("nan")}}, "finite numbers"),
+        ({"extra_kwargs": 5}, "extra_kwargs is a dict"),
+        ({"gpu_ids": 5}, "gpu_ids is a list"),
+        ({"gpu_share": object()}, "gpu_share cannot be sent"),
+    ],
+)
+async def test_launch_that_cannot_be_sent(manager: VLLMManager, box: Box, arguments: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        await manager.launch("m", **arguments)
+    assert not box.calls
+
+
+async def test_swap_that_cannot_be_sent(manager: VLLMManager) -> None:
+    with pytest.raises(InvalidRequest, match="in cannot be sent"):
+        await manager.swap({"options": object()})
+
+
+async def test_closed_client_says_so(box: Box) -> None:
+    async with VLLMManager(URL, transport=box.transport) as manager:
+        await manager.list_launches()
+    for call in (manager.list_launches(), anext(manager.watch()), manager.embed("one", ["x"])):
+        with pytest.raises(ClientError, match="was closed"):
+            await call
+
+
+def test_host_that_can_be_none() -> None:
+    with pytest.raises(ClientError, match="write it as http"):
+        VLLMManager("http://256.1.1.1:8000")
+
+
+# -- the watch ---------------------------------------------------------------------------------------------------
+
+
+async def test_watch_goes_on_after_the_last_event(manager: VLLMManager, box: Box) -> None:
+    await manager.launch("m")
+    async with aclosing(manager.watch()) as events, asyncio.timeout(PATIENCE):
+        assert (await anext(events)).revision == 1
+        box.troubles = [httpx.ConnectError("refused"), httpx.Response(502), httpx.Response(503, json={"detail": "x"})]
+        box.end_watches()
+        assert (await anext(events)).revision == 1
+    assert box.calls[1:] == [f"GET {wire.WATCH}", *[f"GET {wire.WATCH}?since=1"] * 4]
+
+
+async def test_watch_that_missed_events_says_so(manager: VLLMManager, box: Box) -> None:
+    await manager.launch("m")
+    async with aclosing(manager.watch()) as events, asyncio.timeout(PATIENCE):
+        await anext(events)
+        box.troubles = [httpx.Response(410, json={"detail": "revision 1 has not happened yet"})]
+        box.end_watches()
+        with pytest.raises(RevisionGone, match=r"missed while .*not happened yet.*without since"):
+            await anext(events)
+
+
+async def test_watch_ends_when_nobody_comes_back(box: Box) -> None:
+    async with VLLMManager(URL, transport=box.transport, retry_seconds=0.05) as manager:
+        await manager.launch("m")
+        async with aclosing(manager.watch()) as events, asyncio.timeout(PATIENCE):
+            await anext(events)
+            box.troubles = [httpx.ConnectError("refused") for _ in range(99)]
+            box.end_watches()
+            with pytest.raises(ConnectionFailed):
+                await anext(events)
+        box.troubles = [httpx.ConnectError("refused"), httpx.ConnectError("refused")]
+        with pytest.raises(ConnectionFailed):
+            await anext(manager.watch())
+        assert len(box.troubles) == 1
 
 
 # -- logs --------------------------------------------------------------------------------------------------------

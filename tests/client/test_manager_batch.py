@@ -455,7 +455,7 @@ async def test_cancelled_job_keeps_what_was_done(tmp_path: Path) -> None:
 
 async def test_batch_of_a_launch(simulator: Simulator, tmp_path: Path) -> None:
     box = Box()
-    box.url = simulator.url
+    box.url, box.pid = simulator.url, simulator.process.pid
     source = write(tmp_path / "in", [job(number, model="gpt-4o") for number in range(3)])
     async with VLLMManager("http://127.0.0.1:8001", transport=box.transport) as manager:
         launch = await manager.launch("m")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -78,6 +80,47 @@ def test_interrupt_while_it_waits_stops_the_launch_first(manager: SyncVLLMManage
     with pytest.raises(KeyboardInterrupt), manager.run("m"):
         raise AssertionError("it is not ready")
     assert box.calls[-1] == "POST /stop/one"
+
+
+@pytest.mark.parametrize("moment", ["POST /launch", "GET /status/one", "POST /stop/one"])
+def test_second_interrupt_does_not_end_the_stop(manager: SyncVLLMManager, box: Box, moment: str) -> None:
+    """The first one comes at the moment, the next one while the launch is being stopped."""
+
+    def interrupt(call: str) -> None:
+        if call == "POST /launch" and moment == "POST /stop/one":
+            box.launches["one"].update(state="ready")
+        if call == moment:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if call == "POST /stop/one":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    box.after_call = interrupt
+    with pytest.raises(KeyboardInterrupt), manager.run("m"):
+        assert moment == "POST /stop/one"
+    assert box.launches["one"]["state"] == "stopped"
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_forked_child_is_told_and_does_not_hang(manager: SyncVLLMManager) -> None:
+    manager.launch("m")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:  # nothing but this may run here: the tests go on in the parent
+        try:
+            manager.status("one")
+        except ClientError as problem:
+            os.write(writing, str(problem).encode())
+        finally:
+            os._exit(0)
+    try:
+        os.close(writing)
+        assert select.select([reading], [], [], PATIENCE)[0], "it hangs"
+        assert "one in each process" in os.read(reading, 1000).decode()
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert manager.status("one").launch_id == "one"
 
 
 def test_errors_are_the_same(manager: SyncVLLMManager) -> None:

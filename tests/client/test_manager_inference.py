@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,11 +15,18 @@ from grpc import aio
 
 from bullpen.client import messages
 from bullpen.client.blocking import SyncVLLMManager
-from bullpen.client.errors import ClientError, ConnectionFailed, Refused, TimedOut, Unauthorized, UnexpectedAnswer
-from bullpen.client.launch_errors import InvalidRequest, NotFound, NotReady, ServerFault
-from bullpen.client.launches import ChatAnswer, Completion, Finished, Token
+from bullpen.client.errors import (
+    ClientError,
+    ConnectionFailed,
+    InvalidRequest,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    UnexpectedAnswer,
+)
+from bullpen.client.launch_errors import NotFound, NotReady, ServerFault
+from bullpen.client.launches import ChatAnswer, Completion, Finished, Token, TokenLogprob, TopLogprob
 from bullpen.client.manager import VLLMManager
-from bullpen.errors import InvalidRequestError
 from bullpen.proto import bootstrap, v1
 
 PATIENCE = 10.0
@@ -80,10 +89,14 @@ class Face:
             self.cancelled.set()
             raise
 
-    async def start(self, port: int = 0) -> None:
+    async def start(self, port: int = 0, credentials: Any = None) -> None:
         self._server = aio.server(options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((self,))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        place = f"127.0.0.1:{port}"
+        if credentials is None:
+            self.port = self._server.add_insecure_port(place)
+        else:
+            self.port = self._server.add_secure_port(place, credentials)
         await self._server.start()
 
     async def stop(self) -> None:
@@ -130,19 +143,33 @@ async def test_several_prompts_give_a_list(manager: VLLMManager, face: Face) -> 
 
 
 async def test_what_can_never_work_is_not_sent(manager: VLLMManager, face: Face) -> None:
-    wrong: list[Callable[[], Any]] = [
-        lambda: manager.complete("one"),  # type: ignore[call-overload]
-        lambda: manager.complete("one", ["x"], prompt="x"),  # type: ignore[call-overload]
-        lambda: manager.complete("one", "text"),
-        lambda: manager.complete("one", ["x"], regex="a", json_schema="{}"),
-        lambda: manager.complete("one", ["x"], temprature=1.0),  # type: ignore[call-overload]
-        lambda: manager.complete("one", ["x"], temperature="hot"),  # type: ignore[call-overload]
-        lambda: manager.embed("one", "text"),
-        lambda: manager.chat("one", [{"role": "user", "body": "x"}]),
-        lambda: anext(manager.stream("one")),
+    ask: Any = manager
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: ask.complete("one"), "either prompt, one text, or prompts"),
+        (lambda: ask.complete("one", ["x"], prompt="x"), "either prompt, one text, or prompts"),
+        (lambda: ask.complete("one", "text"), "prompts is a list of texts"),
+        (lambda: ask.complete("one", 5), "prompts is a list of texts"),
+        (lambda: ask.complete("one", ["x", 5]), r"prompts\[1\] is a text, and not 5"),
+        (lambda: ask.complete("one", prompt="a\ud800"), r"prompts\[0\] holds half a character"),
+        (lambda: ask.complete("one", ["x"], regex="a", json_schema="{}"), "only one of json_schema, regex"),
+        (lambda: ask.complete("one", ["x"], temprature=1.0), "no option 'temprature' here; there are .*temperature"),
+        (lambda: ask.complete("one", ["x"], n=2), "no option 'n' here"),
+        (lambda: ask.complete("one", ["x"], temperature="hot"), "temperature is a number, and not 'hot'"),
+        (lambda: ask.complete("one", ["x"], 2**40), "max_tokens is a whole number from -2147483648"),
+        (lambda: ask.complete("one", ["x"], seed=2**80), "seed is a whole number of at most 64 bits"),
+        (lambda: ask.complete("one", ["x"], stop=[5]), "stop is a list, each a text"),
+        (lambda: ask.complete("one", ["x"], seed=1, json_schema=5), "json_schema is a text"),
+        (lambda: ask.complete(5, ["x"]), "launch_id is a text"),
+        (lambda: anext(ask.complete_stream("one", ["x"], seed=1)), "no option 'seed' here"),
+        (lambda: anext(ask.complete_each("one", ["x"], ignore_eos="no")), "ignore_eos is True or False"),
+        (lambda: ask.embed("one", "text"), "texts is a list of texts"),
+        (lambda: ask.chat("one", [{"role": "user", "body": "x"}]), r"conversation\[0\] is a dict with role, content"),
+        (lambda: ask.chat("one", ["hi"]), r"conversation\[0\] is a dict"),
+        (lambda: ask.chat("one", [{"role": "user", "content": [{"type": "text"}]}]), "is one text; what has several"),
+        (lambda: anext(ask.stream("one")), "either prompt, one text, or conversation"),
     ]
-    for call in wrong:
-        with pytest.raises(InvalidRequestError):
+    for call, words in wrong:
+        with pytest.raises(InvalidRequest, match=words):
             await call()
     assert not face.requests
 
@@ -165,6 +192,33 @@ async def test_completions_as_they_finish(manager: VLLMManager, face: Face) -> N
     assert (sent.instance_id, sent.model, sent.sampling.seed) == ("one", "lora", 7)
     assert sent.sampling.structured_outputs.json == "{}"
     assert not sent.sampling.HasField("temperature")
+
+
+async def test_options_of_the_other_service_keep_the_order(manager: VLLMManager, face: Face) -> None:
+    usage = v1.Usage(prompt_tokens=3, completion_tokens=2)
+    top = [v1.TopLogprob(token="c", logprob=-0.5)]
+    logprobs = [v1.TokenLogprob(token="b", logprob=-1.5, top=top), v1.TokenLogprob(token="d")]
+    face.answers = [
+        v1.Completion(index=1, text="b", finish_reason="stop", usage=usage, logprobs=logprobs),
+        v1.Completion(index=0, text="a", finish_reason="length", usage=usage),
+    ]
+    found = await manager.complete(
+        "one", ["x", "y"], 8, seed=7, stop=["."], top_k=5, logprobs=1, temperature=0.0, regex=None
+    )
+    likely = (TokenLogprob("b", -1.5, (TopLogprob("c", -0.5),)), TokenLogprob("d", None))
+    assert found == [Completion("a", 3, 2, "length"), Completion("b", 3, 2, "stop", likely)]
+    sampling = face.requests[0].sampling
+    assert (sampling.max_tokens, sampling.seed, sampling.top_k, sampling.logprobs) == (8, 7, 5, 1)
+    assert list(sampling.stop) == ["."] and sampling.HasField("temperature")
+    face.answers = face.answers[1:]
+    assert (await manager.complete("one", prompt="x", model="lora")).text == "a"
+    assert face.requests[1].model == "lora" and not face.requests[1].sampling.HasField("max_tokens")
+
+
+async def test_several_completions_of_a_prompt(manager: VLLMManager, face: Face) -> None:
+    face.answers = [v1.Completion(index=0, choice=1, text="b"), v1.Completion(index=0, choice=0, text="a")]
+    found = [(one.choice, one.completion.text) async for one in manager.complete_each("one", ["x"], n=2)]
+    assert found == [(1, "b"), (0, "a")] and face.requests[0].sampling.n == 2
 
 
 async def test_chat(manager: VLLMManager, face: Face) -> None:
@@ -264,6 +318,38 @@ async def test_stream_that_has_begun_is_not_begun_again(manager: VLLMManager, fa
         with pytest.raises(ConnectionFailed):
             await asyncio.wait_for(anext(tokens), PATIENCE)
     assert len(face.requests) == 1
+
+
+async def test_server_that_is_busy_is_not_looked_for_elsewhere(face: Face) -> None:
+    """The address was right: the words are the server's alone."""
+    async with VLLMManager(f"http://127.0.0.1:{face.port - 1}", retry_seconds=0.0) as manager:
+        for call in (lambda: manager.embed("one", ["x"]), lambda: anext(manager.stream("one", prompt="x"))):
+            face.trouble = [(grpc.StatusCode.UNAVAILABLE, "busy")]
+            with pytest.raises(ConnectionFailed, match=r"^busy$"):
+                await call()
+
+
+async def test_server_with_a_certificate_of_its_own(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    face = Face()
+    await face.start(credentials=grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]))
+    try:
+        face.answers = [bootstrap.EmbedResponse(embeddings=[bootstrap.Embedding(values=[0.5])])]
+        place = f"localhost:{face.port}"
+        for address in (place, f"https://{place}"):
+            async with VLLMManager("http://h", grpc_address=address, grpc_ca=certificate) as manager:
+                assert await asyncio.wait_for(manager.embed("one", ["x"]), PATIENCE) == [[0.5]]
+        async with VLLMManager("http://h", grpc_address=f"https://{place}") as manager:
+            with pytest.raises(ConnectionFailed, match="with TLS"):
+                await asyncio.wait_for(manager.embed("one", ["x"]), PATIENCE)
+    finally:
+        await face.stop()
+    for file, words in ((key, "holds no certificate"), (tmp_path / "none", "cannot be read")):
+        with pytest.raises(ClientError, match=words):
+            VLLMManager("http://h", grpc_ca=file)
 
 
 async def test_large_messages(manager: VLLMManager, face: Face) -> None:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bullpen.client import Instance, Readiness, Refused, Unauthorized, UnexpectedAnswer, wire
+from bullpen.client import Instance, InvalidRequest, Readiness, Refused, Unauthorized, UnexpectedAnswer, wire
 from bullpen.client.target import Target
-from bullpen.errors import InvalidRequestError
 
 TARGET = Target("http://daemon:1")
 
@@ -26,7 +25,7 @@ def test_every_id_is_one_segment_of_the_path(instance_id: str) -> None:
 
 @pytest.mark.parametrize("instance_id", ["", "watch", "a/b", "../../health"])
 def test_id_that_leads_elsewhere_is_refused(instance_id: str) -> None:
-    with pytest.raises(InvalidRequestError):
+    with pytest.raises(InvalidRequest):
         wire.instance_path(instance_id)
 
 

@@ -36,6 +36,16 @@ def test_server_that_starts_is_watched_on() -> None:
     assert scene.fleet.revision == 1
 
 
+def test_start_for_which_there_was_no_process_yet() -> None:
+    """What to do is said for both who call it an instance and who call it a launch."""
+    scene = Scenario()
+    instance = saved(State.STARTING)
+    instance.tree_gone = True
+    scene.restore(instance, alive=False)
+    assert scene.instance().state is State.FAILED
+    assert "before it was started; wake it, or launch it again" in str(scene.instance().error)
+
+
 def test_server_that_cannot_sleep_goes_on_without_a_question() -> None:
     scene = Scenario(revision=1)
     instance = replace(saved(State.READY), can_sleep=False)

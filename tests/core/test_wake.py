@@ -244,4 +244,4 @@ def test_start_again_that_the_daemon_did_not_live_to_see() -> None:
     assert kinds(scene.restore(replace(before.instance()), alive=False)) == ["Save", "PublishState", "KillTree"]
     scene.tree_gone()
     assert scene.instance().state is State.FAILED
-    assert "wake it" in str(scene.instance().error)
+    assert "wake it, or launch it again" in str(scene.instance().error)

@@ -60,6 +60,14 @@ def test_taken_ports_are_told(taken: int) -> None:
     bound(LOCAL, free).close()  # it was given back
 
 
+def test_one_port_for_both_is_told() -> None:
+    free = free_pair()
+    with pytest.raises(StateError, match=f"cannot share port {free}: choose another --grpc-port"):
+        ports(port=free, grpc_port=free)
+    bound(LOCAL, free).close()  # it was never taken
+    assert ports(port=0, grpc_port=0)[1] is None
+
+
 def test_no_port_comes_after_the_last() -> None:
     with pytest.raises(StateError, match="choose a --grpc-port"):
         ports(port=LAST_PORT)

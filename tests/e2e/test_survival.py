@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,7 +69,7 @@ def test_logs_are_found_wherever_the_daemon_of_the_time_was_told_to_put_them(
     first.create(instance_id="one")
     first.wait_state("one", "ready")
     (log,) = logs.iterdir()
-    assert "simulator" in log.read_text()
+    assert "simulator" in log.read_text() and re.fullmatch("one-[0-9a-f]{8}.log", log.name)
     first.kill()
 
     second = start_daemon(tmp_path / "state").wait_warm()

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bullpen.core.instance import State
-from bullpen.errors import NotFoundError
-from bullpen.node import launches as launches_module
+from bullpen.errors import LaunchRefusedError, NotFoundError
 from bullpen.node.host_stats import limit_mib, total_mib
-from bullpen.node.launch_options import LaunchRefusedError, Task, command_line
+from bullpen.node.launch_options import Task, command_line
 from bullpen.node.launches import Launches
-from bullpen.node.logs import MAX_CHUNK, Logs
+from bullpen.node.logs import MAX_CHUNK, Logs, Piece
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_bytes_that_are_no_text_are_read_to_their_end(log: OneLog, whole: bytes,
 def test_a_character_that_is_not_all_written_comes_later(log: OneLog, launches: Launches) -> None:
     log.write(b"a\xe2\x82")
     assert launches.read_log("a", 0).content == "a"
-    assert launches.read_log("a", 1) == launches_module.Piece(1, 1, "")
+    assert launches.read_log("a", 1) == Piece(1, b"")
     log.write(b"a\xe2\x82\xac")
     assert launches.read_log("a", 1).content == "\u20ac"
     log.write(b"a\xe2\x82")

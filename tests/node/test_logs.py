@@ -23,7 +23,7 @@ def logs(tmp_path: Path) -> Logs:
 
 
 def write(logs: Logs, key: str, data: bytes) -> None:
-    descriptor = logs.create(key)
+    descriptor = logs.create(key, "name")
     os.write(descriptor, data)
     os.close(descriptor)
 
@@ -46,7 +46,7 @@ def test_a_log_is_appended_to_and_is_its_owners_alone(logs: Logs) -> None:
 
 
 def test_a_log_is_not_inherited(logs: Logs) -> None:
-    descriptor = logs.create("a")
+    descriptor = logs.create("a", "name")
     assert not os.get_inheritable(descriptor)
     os.close(descriptor)
 
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_is_said_to_be(tmp_path: Path) -> None:
     logs = Logs(tmp_path / "logs", 0)
     (tmp_path / "logs").rmdir()
     with pytest.raises(LaunchError, match=r"no log can be written below .*logs: No such file .*make room there"):
-        logs.create("a")
+        logs.create("a", "name")
 
 
 def test_the_path_is_as_the_kernel_names_it(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_path_is_as_the_kernel_names_it(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     logs = Logs(tmp_path / "link" / "logs", 0)
-    descriptor = logs.create("a")
+    descriptor = logs.create("a", "name")
     assert os.readlink(f"/proc/self/fd/{descriptor}") == str(logs.path("a"))
     os.close(descriptor)
 
@@ -126,7 +126,7 @@ def test_logs_are_put_elsewhere_and_found_by_whoever_comes_later(tmp_path: Path)
     write(last, "c", b"C")
     for logs in (first, second, last):
         assert {key: logs.read(key).data for key in "abc"} == {"a": b"aA", "b": b"bB", "c": b"cC"}
-        assert [logs.path(key) for key in "abc"] == [home / "a.log", one / "b.log", other / "c.log"]
+        assert [logs.path(key) for key in "abc"] == [home / "a.log", one / "name-b.log", other / "name-c.log"]
     for key in "abc":
         last.remove(key)
     assert [list(folder.iterdir()) for folder in (home, one, other)] == [[], [], []]
@@ -136,8 +136,8 @@ def test_the_path_elsewhere_is_as_the_kernel_names_it(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     logs = Logs(tmp_path / "home", 0, tmp_path / "link")
-    descriptor = logs.create("a")
-    assert os.readlink(f"/proc/self/fd/{descriptor}") == str(logs.path("a")) == str(tmp_path / "real" / "a.log")
+    descriptor = logs.create("a", "name")
+    assert os.readlink(f"/proc/self/fd/{descriptor}") == str(logs.path("a")) == str(tmp_path / "real" / "name-a.log")
     os.close(descriptor)
 
 
@@ -150,7 +150,7 @@ def test_a_place_elsewhere_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "place").rmdir()
     for key in "ab":
         with pytest.raises(LaunchError, match=r"no log can be written below .*place: No such file .*make room there"):
-            logs.create(key)
+            logs.create(key, "name")
         logs.enforce_cap(key)
         logs.remove(key)
     assert list((tmp_path / "home").iterdir()) == []
@@ -163,7 +163,20 @@ def test_the_cap_holds_elsewhere_too(tmp_path: Path) -> None:
     logs.enforce_cap("a")
     if logs.read("a").start == 0:
         pytest.skip("this file system cannot punch holes")
-    assert allocated(tmp_path / "place" / "a.log") <= MIB + HOLE_BLOCK
+    assert allocated(tmp_path / "place" / "name-a.log") <= MIB + HOLE_BLOCK
+
+
+def test_a_log_elsewhere_is_found_by_its_instances_id(tmp_path: Path) -> None:
+    """The part of the key tells two of one id apart, of which the first may still be ending."""
+    (tmp_path / "place").mkdir()
+    logs = Logs(tmp_path / "home", 0, tmp_path / "place")
+    longest, keys = "x" * 128, [letter * 32 for letter in "abc"]
+    for key, name in zip(keys, ("my.model-1", "my.model-1", longest), strict=True):
+        os.close(logs.create(key, name))
+    names = ["my.model-1-aaaaaaaa.log", "my.model-1-bbbbbbbb.log", f"{longest}-cccccccc.log"]
+    assert sorted(path.name for path in (tmp_path / "place").iterdir()) == names
+    logs.remove(keys[0])
+    assert sorted(path.name for path in (tmp_path / "place").iterdir()) == names[1:]
 
 
 # -- the cap -----------------------------------------------------------------------------------------------------------
@@ -172,7 +185,7 @@ def test_the_cap_holds_elsewhere_too(tmp_path: Path) -> None:
 def test_the_cap_frees_the_oldest_and_keeps_offsets(tmp_path: Path) -> None:
     cap = 2 * MIB
     logs = Logs(tmp_path / "logs", cap)
-    descriptor = logs.create("a")
+    descriptor = logs.create("a", "name")
     lines = MIB // 16
     written = 0
     for _ in range(8):

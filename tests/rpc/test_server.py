@@ -65,7 +65,18 @@ async def test_a_key_that_is_set_is_asked_for(simulator: Simulator, key: str) ->
             assert await refused(rpc.complete(request(), metadata=(("authorization", header),))) == NO, header
             assert await refused(rpc.complete_stream(request(), metadata=(("authorization", header),))) == NO, header
         assert await refused(rpc.complete(request())) == NO
-        assert await refused(rpc.complete(request(), metadata=(("x-api-key", "s3:cret"),))) == NO
+
+
+async def test_the_key_may_come_as_an_x_api_key(simulator: Simulator) -> None:
+    async with serving(access_key="s3:cret") as rpc:
+        rpc.book.add("gen", simulator.port)
+        name = "x-api-key"
+        wrong_too = (("authorization", "Bearer wrong"), (name, "s3:cret"))
+        for metadata in (((name, "s3:cret"),), ((name, " s3:cret "),), wrong_too):
+            assert len((await rpc.complete(request(), metadata=metadata)).completions) == 1
+            assert len(await everything(rpc.complete_stream(request(), metadata=metadata))) == 1
+        for given in ("", "s3", "s3:cret2", "Bearer s3:cret"):
+            assert await refused(rpc.complete(request(), metadata=((name, given),))) == NO, given
 
 
 async def test_unknown_methods_need_the_key_too(rpc: Rpc) -> None:

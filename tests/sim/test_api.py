@@ -73,7 +73,7 @@ def test_fewer_tokens_are_a_beginning(shared: Simulator) -> None:
     [(["a", "b c"], (2, 3)), ([1, 2, 3], (1, 3)), ([[1], [2, 3]], (2, 3)), ("\ud800 \u00e9", (1, 2))],
 )
 def test_prompts_of_every_kind(shared: Simulator, prompt: object, counts: tuple[int, int]) -> None:
-    body = json.dumps({"prompt": prompt, "max_tokens": 2, "n": 3})
+    body = json.dumps({"prompt": prompt, "max_tokens": 2})
     answer = shared.http.post("/v1/completions", content=body, headers={"content-type": "application/json"}).json()
     choices, tokens = counts
     assert [choice["index"] for choice in answer["choices"]] == list(range(choices))
@@ -114,6 +114,55 @@ def test_usage_in_every_piece_needs_usage_at_all(shared: Simulator) -> None:
     for wanted in ({"continuous_usage_stats": True}, {"include_usage": False, "continuous_usage_stats": True}):
         pieces = events(shared, "/v1/completions", prompt="a", max_tokens=2, stream_options=wanted)
         assert len(pieces) == 2 and not any("usage" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"temperature": -1}, "temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)"),
+        ({"temperature": 3}, "temperature must be in [0, 2], got 3.0. (parameter=temperature, value=3.0)"),
+        ({"top_p": 5}, "top_p must be in (0, 1], got 5.0. (parameter=top_p, value=5.0)"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0. (parameter=max_tokens, value=0)"),
+        ({"n": -2}, "n must be at least 1, got -2."),
+        ({"n": 3, "temperature": 0}, "n must be 1 when using greedy sampling, got 3."),
+        ({"structured_outputs": {"regex": "[a"}}, "Failed to transform regex into a grammar: "),
+    ],
+)
+def test_refusals_are_in_vllms_words(shared: Simulator, fields: dict[str, object], sentence: str) -> None:
+    fields = error(shared.http.post("/v1/completions", json={"prompt": "x", **fields}), 400)
+    assert str(fields["message"]).startswith(sentence)
+
+
+def test_sampling_that_can_be_changes_nothing(shared: Simulator) -> None:
+    fields = {"temperature": 0, "top_p": 1, "n": 1, "structured_outputs": {"regex": "a+", "json": None}}
+    assert shared.complete("x", **fields)["choices"] == shared.complete("x")["choices"]
+
+
+def test_several_choices_of_each_prompt(shared: Simulator) -> None:
+    alone = [shared.complete(prompt, max_tokens=4)["choices"][0]["text"] for prompt in ("a", "b")]  # type: ignore[index]
+    whole = shared.complete(["a", "b"], max_tokens=4, n=3)
+    texts = [choice["text"] for choice in whole["choices"]]  # type: ignore[attr-defined]
+    assert [choice["index"] for choice in whole["choices"]] == list(range(6))  # type: ignore[attr-defined]
+    assert [texts[0], texts[3]] == alone and len(set(texts)) == 6
+    assert whole["usage"] == {"prompt_tokens": 2, "total_tokens": 26, "completion_tokens": 24}
+    wanted = {"include_usage": True, "continuous_usage_stats": True}
+    *pieces, last = events(shared, "/v1/completions", prompt=["a", "b"], max_tokens=4, n=3, stream_options=wanted)
+    choices = [piece["choices"][0] for piece in pieces]  # type: ignore[index]
+    assert ["".join(one["text"] for one in choices if one["index"] == index) for index in range(6)] == texts
+    assert last["usage"] == whole["usage"]
+    assert pieces[-1]["usage"] == {"prompt_tokens": 1, "total_tokens": 5, "completion_tokens": 4}
+
+
+def test_several_choices_of_a_chat(shared: Simulator) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    body: dict[str, object] = {"messages": messages, "max_tokens": 2, "n": 2}
+    whole = shared.http.post("/v1/chat/completions", json=body).json()
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    first, second, *pieces = (piece["choices"][0] for piece in events(shared, "/v1/chat/completions", **body))  # type: ignore[index]
+    assert [(one["index"], one["delta"]["role"]) for one in (first, second)] == [(0, "assistant"), (1, "assistant")]
+    for index in range(2):
+        assert "".join(one["delta"]["content"] for one in pieces if one["index"] == index) == texts[index]
+    assert texts[0] != texts[1]
 
 
 def test_chat(shared: Simulator) -> None:
@@ -198,6 +247,18 @@ def test_a_model_that_is_not_served(shared: Simulator, path: str) -> None:
         ("/v1/completions", {"prompt": "x", "stream": 1}, "body.stream"),
         ("/v1/completions", {"prompt": "x", "stream_options": 1}, "body.stream_options"),
         ("/v1/completions", {"prompt": "x", "model": 1}, "body.model"),
+        ("/v1/completions", {"prompt": "x", "temperature": -1}, "temperature"),
+        ("/v1/completions", {"prompt": "x", "temperature": 2.5}, "temperature"),
+        ("/v1/completions", {"prompt": "x", "temperature": 10**400}, "temperature"),
+        ("/v1/completions", {"prompt": "x", "temperature": "hot"}, "body.temperature"),
+        ("/v1/completions", {"prompt": "x", "top_p": 0}, "top_p"),
+        ("/v1/completions", {"prompt": "x", "top_p": 5}, "top_p"),
+        ("/v1/completions", {"prompt": "x", "n": 0}, None),
+        ("/v1/completions", {"prompt": "x", "n": 20_000}, None),
+        ("/v1/completions", {"prompt": "x", "n": 2, "temperature": 0}, None),
+        ("/v1/completions", {"prompt": "x", "n": 1.5}, "body.n"),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "("}}, None),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}], "top_p": -1}, "top_p"),
         ("/v1/chat/completions", {}, "body.messages"),
         ("/v1/chat/completions", {"messages": []}, None),
         ("/v1/chat/completions", {"messages": ["x"]}, "body.messages"),

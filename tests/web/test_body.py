@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
+from bullpen.web.body import MOST_BYTES, TOO_LONG
 from tests.support.daemon import Daemon, wait_until
 from tests.web.calls import INSTANCES, problems, raw
 
@@ -238,3 +240,34 @@ def test_no_gpu_named_claims_none(shared: Daemon) -> None:
     for _ in range(3):
         shared.create()
     shared.create(gpu_uuids=["GPU-0", "GPU-1"])
+
+
+# -- its length --------------------------------------------------------------------------------------------------------
+
+
+def chunks(count: int) -> Iterator[bytes]:
+    """A body whose length is not said beforehand, in pieces of 1 MiB."""
+    yield b'{"options": "'
+    for _ in range(count):
+        yield b"x" * (1 << 20)
+    yield b'"}'
+
+
+@pytest.mark.parametrize("path", [INSTANCES, "/launch", "/v1/vllm"])
+def test_body_that_is_too_long(shared: Daemon, path: str) -> None:
+    """It is refused, whether its length is said or seen, and not kept."""
+    before = psutil.Process(shared.pid).memory_info().rss
+    said = {"Content-Length": str(MOST_BYTES + 1)}  # none of it needs to be sent
+    seen = shared.http.post(path, content=chunks(80), headers={"Content-Type": "application/json"})
+    for status, reply in (raw(shared, "POST", path, headers=said), (seen.status_code, seen.content)):
+        assert (status, json.loads(reply)) == (413, {"detail": TOO_LONG})
+    assert psutil.Process(shared.pid).memory_info().rss - before < 3 * MOST_BYTES
+    assert shared.http.get(INSTANCES).json()["total_instances"] == 0
+
+
+def test_body_of_just_the_right_length(shared: Daemon) -> None:
+    """It is read, and refused for what it says."""
+    (problem,) = problems(
+        shared.http.post(INSTANCES, content=b" " * MOST_BYTES, headers={"Content-Type": "application/json"})
+    )
+    assert problem["loc"][0] == "body"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
 
 from bullpen.node.launches import KEPT
-from bullpen.web import launch_models
+from bullpen.node.logs import Piece
+from bullpen.web import launch_models, launches
 from tests.support.daemon import Daemon, wait_until
 from tests.support.processes import is_alive
 from tests.web.calls import INSTANCES, problems, raw
@@ -340,6 +344,29 @@ def test_log_in_pieces(start_daemon: Callable[..., Daemon]) -> None:
     for beyond in (size, size + 1, 10**30):
         piece = daemon.http.get(f"/logs/{name}", params={"offset": beyond}).json()
         assert (piece["offset"], piece["next_offset"], piece["content"]) == (size, size, "")
+
+
+@pytest.mark.parametrize("size", [10, launches.LARGE_PIECE])
+async def test_a_large_piece_of_log_is_made_text_beside_everything_else(size: int) -> None:
+    """It takes milliseconds, which callers of other launches would wait for."""
+    threads: list[threading.Thread] = []
+
+    class Noted(Piece):
+        @property
+        def content(self) -> str:
+            threads.append(threading.current_thread())
+            return super().content
+
+    reader = SimpleNamespace(read_log=lambda launch_id, offset: Noted(offset, b"x" * size))
+    request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(launches=reader)))
+    reply = await launches.logs(cast(Any, request), "a", 3)
+    assert json.loads(bytes(reply.body)) == {
+        "launch_id": "a",
+        "offset": 3,
+        "next_offset": 3 + size,
+        "content": "x" * size,
+    }
+    assert [thread is threading.main_thread() for thread in threads] == [size < launches.LARGE_PIECE]
 
 
 # -- the daemon ----------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from bullpen import __version__
 from bullpen.cli import serve
 from bullpen.cli.common import INTERRUPTED, WrongUsageError, complain
 from bullpen.errors import BullpenError
+from bullpen.node.characters import LEAST_PIECE, check_text
 
 PORT = 8000
-LEAST_CHUNK, MOST_CHUNK = 4, 1024 * 1024
+MOST_CHUNK = 1024 * 1024
 YES, NO = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
 LISTEN, INSTANCES = "Listening", "Instances"
 
@@ -52,8 +53,8 @@ def read_switch(text: str) -> bool:
 
 def read_chunk(text: str) -> int:
     """The size of a piece of log in bytes. More than what is read at once is no mistake: pieces are smaller then."""
-    if not text.isascii() or not text.isdigit() or int(text) < LEAST_CHUNK:
-        raise ValueError(f"give a number of bytes, {LEAST_CHUNK} or more, such as {MOST_CHUNK}")
+    if not text.isascii() or not text.isdigit() or int(text) < LEAST_PIECE:
+        raise ValueError(f"give a number of bytes, {LEAST_PIECE} or more, such as {MOST_CHUNK}")
     return min(int(text), MOST_CHUNK)
 
 
@@ -71,12 +72,12 @@ class Variable:
 
 
 VARIABLES: Mapping[str, Variable] = {
-    "VLLM_BOOTSTRAP_HOST": Variable("host", str),
+    "VLLM_BOOTSTRAP_HOST": Variable("host", check_text),
     "VLLM_BOOTSTRAP_PORT": Variable("port", read_port),
     "VLLM_GRPC_PORT": Variable("grpc_port", read_port),
     "VLLM_GRPC_LIMIT_MESSAGE_SIZE": Variable("grpc_limit_message_size", read_switch),
     "VLLM_BOOTSTRAP_LOG_DIR": Variable("log_dir", Path),
-    "VLLM_ACCESS_KEY": Variable("access_key", str),
+    "VLLM_ACCESS_KEY": Variable("access_key", check_text),
     "VLLM_STOP_TIMEOUT_SECONDS": Variable("stop_timeout", read_seconds),
     "VLLM_LOG_READ_CHUNK_BYTES": Variable("log_chunk", read_chunk),
 }
@@ -101,7 +102,8 @@ def take_variables(environ: MutableMapping[str, str]) -> dict[str, Any]:
         try:
             settings[variable.setting] = variable.read(text)
         except ValueError as problem:
-            raise WrongUsageError(f"{name} is {text!r}: {problem}") from None
+            shown = "" if variable.setting == "access_key" else f" is {text!r}"
+            raise WrongUsageError(f"{name}{shown}: {problem}") from None
     return settings
 
 

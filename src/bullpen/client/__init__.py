@@ -29,6 +29,7 @@ from bullpen.client.errors import (
     ClientError,
     ConnectionFailed,
     InstanceFailed,
+    InvalidRequest,
     Refused,
     TimedOut,
     Unauthorized,
@@ -65,11 +66,11 @@ if TYPE_CHECKING:
     from bullpen.client.blocking import SyncVLLMManager
     from bullpen.client.launch_errors import (
         Conflict,
-        InvalidRequest,
         LaunchFailed,
         LaunchTimedOut,
         NotFound,
         NotReady,
+        RevisionGone,
         ServerFault,
     )
     from bullpen.client.launches import (
@@ -83,6 +84,8 @@ if TYPE_CHECKING:
         LogsResponse,
         SystemStatsResponse,
         Token,
+        TokenLogprob,
+        TopLogprob,
     )
     from bullpen.client.manager import VLLMManager
 
@@ -91,11 +94,11 @@ _LATER = {
     "bullpen.client.blocking": ["SyncVLLMManager"],
     "bullpen.client.launch_errors": [
         "Conflict",
-        "InvalidRequest",
         "LaunchFailed",
         "LaunchTimedOut",
         "NotFound",
         "NotReady",
+        "RevisionGone",
         "ServerFault",
     ],
     "bullpen.client.launches": [
@@ -109,6 +112,8 @@ _LATER = {
         "LogsResponse",
         "SystemStatsResponse",
         "Token",
+        "TokenLogprob",
+        "TopLogprob",
     ],
     "bullpen.client.manager": ["VLLMManager"],
 }
@@ -151,6 +156,7 @@ __all__ = [
     "Note",
     "Readiness",
     "Refused",
+    "RevisionGone",
     "ServerFault",
     "Swap",
     "Swapped",
@@ -158,6 +164,8 @@ __all__ = [
     "SystemStatsResponse",
     "TimedOut",
     "Token",
+    "TokenLogprob",
+    "TopLogprob",
     "Unauthorized",
     "UnexpectedAnswer",
     "VLLMManager",

@@ -102,8 +102,8 @@ async def run_batch(
         transport: how requests travel, for tests; None: over the network.
 
     Raises:
-        InvalidRequestError: a file is not what it ought to be; nothing was sent.
-        ConflictError: another job is writing the results.
+        InvalidRequest: a file is not what it ought to be; nothing was sent.
+        Conflict: another job is writing the results.
         ConnectionFailed: nobody is at that URL, or the server is away for longer. Run the job again later.
         Unauthorized: the server wants another key.
         ClientError: the results cannot be written.
@@ -166,8 +166,8 @@ def check_batch(source: Path | str, output: Path | str) -> BatchProgress:
         output: the results.
 
     Raises:
-        InvalidRequestError: a file is not what it ought to be.
-        ConflictError: another job is writing the results.
+        InvalidRequest: a file is not what it ought to be.
+        Conflict: another job is writing the results.
         ClientError: the results cannot be written.
     """
     source, output = Path(source), Path(output)

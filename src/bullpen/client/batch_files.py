@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bullpen.client.errors import ClientError
-from bullpen.errors import ConflictError, InvalidRequestError
+from bullpen.client.errors import ClientError, InvalidRequest
+from bullpen.client.launch_errors import Conflict
 
 FIELDS: Mapping[str, tuple[type, str]] = {
     "custom_id": (str, "a text of your choice, another one in each line"),
@@ -51,20 +51,20 @@ def read_requests(path: Path) -> Iterator[Request]:
     """The requests of an input file that was checked, one after the other.
 
     Raises:
-        InvalidRequestError: the file has become another one.
+        InvalidRequest: the file has become another one.
     """
     for number, line in read_lines(path):
         try:
             yield read_request(line)
         except ValueError as problem:
-            raise InvalidRequestError(f"{path}, line {number}: {problem}", field="input") from problem
+            raise InvalidRequest(f"{path}, line {number}: {problem}", field="input") from problem
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of an input file with their numbers, from 1; blank ones are left out.
 
     Raises:
-        InvalidRequestError: the file cannot be read.
+        InvalidRequest: the file cannot be read.
     """
     try:
         with path.open("rb") as lines:
@@ -72,7 +72,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except OSError as problem:
-        raise InvalidRequestError(f"{path} cannot be read: {problem.strerror}", field="input") from problem
+        raise InvalidRequest(f"{path} cannot be read: {problem.strerror}", field="input") from problem
 
 
 def read_request(line: bytes) -> Request:
@@ -124,7 +124,7 @@ def check_requests(path: Path) -> dict[str, int]:
     """Check every line of an input file; the place of each id, from 0.
 
     Raises:
-        InvalidRequestError: lines are no requests, or have the same id; the text has them all, or the first few.
+        InvalidRequest: lines are no requests, or have the same id; the text has them all, or the first few.
     """
     places: dict[str, int] = {}
     numbers: dict[str, int] = {}
@@ -142,7 +142,7 @@ def check_requests(path: Path) -> dict[str, int]:
         else:
             places[request.custom_id] = len(places)
     if complaints:
-        raise InvalidRequestError(wrong_lines(path, complaints), field="input")
+        raise InvalidRequest(wrong_lines(path, complaints), field="input")
     return places
 
 
@@ -168,9 +168,9 @@ class Results:
         failed: how many of them are no success.
 
     Raises:
-        ConflictError: another job writes them.
+        Conflict: another job writes them.
         ClientError: they cannot be written.
-        InvalidRequestError: the files hold something else than results of this input.
+        InvalidRequest: the files hold something else than results of this input.
     """
 
     def __init__(self, output: Path, source: Path, places: Mapping[str, int]) -> None:
@@ -182,7 +182,7 @@ class Results:
         self._size = self.done = self.failed = 0
         with writing(self._partial):
             if self._output == source.resolve() or (self._output.exists() and not self._output.is_file()):
-                raise InvalidRequestError(f"{output} is no file for results; name another one", field="output")
+                raise InvalidRequest(f"{output} is no file for results; name another one", field="output")
             self._descriptor = self._open()
         try:
             self._read_partial()
@@ -199,7 +199,7 @@ class Results:
             except BlockingIOError:
                 os.close(descriptor)
                 text = f"another job is writing {self._output}; wait for it, or name another file"
-                raise ConflictError(text) from None
+                raise Conflict(text, 409) from None
             if os.fstat(descriptor).st_nlink:
                 return descriptor
             os.close(descriptor)  # another job has just finished
@@ -234,7 +234,7 @@ class Results:
                 result = read_result(line)
                 place = self._places.get(str(result.get("custom_id")))
                 if place is None or not {"response", "error"} <= result.keys():
-                    raise InvalidRequestError(
+                    raise InvalidRequest(
                         f"{path}, line {number} is no result of {self._source}: its custom_id is"
                         f" {result.get('custom_id')!r}; remove that file, or name another one for the results",
                         field="output",

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -17,17 +19,19 @@ import httpx
 
 from bullpen.client import messages, wire
 from bullpen.client.batch_files import Answer
-from bullpen.client.errors import ClientError, ConnectionFailed, Refused, Unauthorized
+from bullpen.client.errors import ClientError, ConnectionFailed, InvalidRequest, Refused, Unauthorized
 from bullpen.client.inference import Address, Inference, was_aborted
-from bullpen.client.launch_errors import InvalidRequest, NotFound, NotReady
+from bullpen.client.launch_errors import NotFound, NotReady
 from bullpen.client.models import Instance
 from bullpen.client.target import Target, is_loopback
 from bullpen.client.target import base_url as read_url
 
 LOOK_SECONDS = 3.0
-"""How long a server's own port may take to let us in; through the daemon it goes otherwise."""
+"""How long a server may take to show that it is the one; through the daemon it goes otherwise."""
 CHECK_SECONDS = 30.0
 REQUEST_SECONDS = 3600.0
+LISTENING = "0A"
+"""The state of a socket that listens, as ``/proc/net/tcp`` has it."""
 
 Post = Callable[[str, bytes], Awaitable[Answer]]
 """Sends a body to a path. Raises ConnectionFailed, TimedOut, or what ends the job."""
@@ -182,7 +186,7 @@ async def way_to(
     """
     if instance.url is None:
         raise ClientError(f"instance {instance.instance_id!r} has no server now; wake it first")
-    if await can_reach(instance.url, target):
+    if await can_reach(instance, target):
         yield ByHttp(instance.url, api_key, REQUEST_SECONDS)
         return
     inference = Inference(address, target.access_key, retry_seconds=0.0, limit_response=False)
@@ -194,22 +198,59 @@ async def way_to(
         await inference.close()
 
 
-async def can_reach(url: str, target: Target) -> bool:
-    """Whether somebody listens at the URL of a server of this daemon's, as seen from here.
+async def can_reach(instance: Instance, target: Target) -> bool:
+    """Whether an instance's URL leads to that very instance as seen from here; a stranger would get its requests.
 
-    A daemon on this host's loopback need not be on this host: what is there may be a tunnel's end.
+    A daemon on this host's loopback need not be on this host, for what is there may be a tunnel's end. So on the
+    loopback the process of the instance's pid must be the one that listens; else the instance must be where the daemon
+    is. In both cases it must have the instance's names, which it is asked for without a key.
     """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if "+unix" in parts.scheme or (is_loopback(host) and not target.is_local):
+    assert instance.url is not None
+    parts = urlsplit(instance.url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    if "+unix" in parts.scheme:
         return False
+    if not is_loopback(host):
+        return host == urlsplit(target.url).hostname and await serves(instance, Target(instance.url)) is True
+    if not target.is_local or instance.pid is None or not await asyncio.to_thread(listens, instance.pid, port):
+        return False
+    return await serves(instance, Target(instance.url)) is not False
+
+
+async def serves(instance: Instance, target: Target) -> bool | None:
+    """Whether a server has the names of an instance's models; None where it tells nobody without its key."""
     try:
-        async with asyncio.timeout(LOOK_SECONDS):
-            _, writer = await asyncio.open_connection(host, parts.port or (443 if parts.scheme == "https" else 80))
+        async with httpx.AsyncClient(**wire.client_options(target, LOOK_SECONDS)) as http:
+            answer = await http.get(f"{target.url}/v1/models")
+            if answer.status_code == 401:
+                return None
+            names = {model["id"] for model in answer.json()["data"]} if answer.is_success else set()
+    except (ClientError, httpx.HTTPError, ValueError, LookupError, TypeError):
+        return False
+    return set(instance.served_model_names) <= names
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether a process of this host listens at a TCP port; False as well where this user may not know."""
+    listening = set()
+    try:
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                    listening.add(f"socket:[{fields[9]}]")
+        descriptors = os.listdir(f"/proc/{pid}/fd")
     except OSError:
         return False
-    writer.close()
-    return True
+    return any(file_of(pid, descriptor) in listening for descriptor in descriptors)
+
+
+def file_of(pid: int, descriptor: str) -> str | None:
+    """What a descriptor of a process is open on; None where it has been closed meanwhile."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{descriptor}")
+    except OSError:
+        return None
 
 
 def server_root(base_url: str) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack, overload
 
 import httpx
 
-from bullpen.client import lifecycle
 from bullpen.client.errors import ClientError
 from bullpen.client.launches import Completion, LaunchResponse
+from bullpen.client.lifecycle import Run
 from bullpen.client.manager import VLLMManager
-from bullpen.client.messages import CompleteOptions
+from bullpen.client.messages import FineOptions
 from bullpen.client.waiting import Progress
 
 P = ParamSpec("P")
@@ -27,6 +29,7 @@ class LoopThread:
     """An event loop in a thread of its own, for callers that have none."""
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="bullpen-client", daemon=True)
         self._thread.start()
@@ -35,10 +38,12 @@ class LoopThread:
         """Have something done; return what comes of it. An interrupt ends that first, and waits for its end.
 
         Raises:
-            ClientError: the thread has ended, or it is this one.
+            ClientError: the thread has ended, is another process's, or it is this one.
         """
         if not self.can_wait:
             work.close()
+            if self._pid != os.getpid():
+                raise ClientError("this client was made before the process was forked; make one in each process")
             raise ClientError("this client was closed, or is asked by its own callback; make another one for that")
         tasks: list[asyncio.Task[T]] = []
         ended = threading.Event()
@@ -59,7 +64,7 @@ class LoopThread:
             ended.wait()
         except BaseException:
             self._loop.call_soon_threadsafe(cancel)
-            ended.wait()
+            outlast(ended)
             raise
         try:
             return tasks[0].result()
@@ -68,8 +73,8 @@ class LoopThread:
 
     @property
     def can_wait(self) -> bool:
-        """Whether the thread lives and is another one than this."""
-        return not self._loop.is_closed() and threading.current_thread() is not self._thread
+        """Whether the thread lives, in this process, and is another one than this."""
+        return self._thread.is_alive() and not self._loop.is_closed() and threading.current_thread() is not self._thread
 
     def end(self) -> None:
         """End the thread and what it is doing."""
@@ -78,6 +83,13 @@ class LoopThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+
+def outlast(ended: threading.Event) -> None:
+    """Wait for an end through any number of interrupts; what was cancelled ends soon, or stops a launch first."""
+    while not ended.is_set():
+        with suppress(KeyboardInterrupt):
+            ended.wait()
 
 
 async def end_tasks() -> None:
@@ -150,6 +162,7 @@ class SyncVLLMManager:
         grpc_address: str | None = None,
         access_key: str | None = None,
         timeout: float = 30.0,
+        grpc_ca: Path | str | None = None,
         limit_response: bool = False,
         retry_seconds: float = 30.0,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -159,6 +172,7 @@ class SyncVLLMManager:
             grpc_address=grpc_address,
             access_key=access_key,
             timeout=timeout,
+            grpc_ca=grpc_ca,
             limit_response=limit_response,
             retry_seconds=retry_seconds,
             transport=transport,
@@ -196,8 +210,9 @@ class SyncVLLMManager:
         *,
         prompt: str,
         max_tokens: int | None = None,
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Unpack[CompleteOptions],
+        **options: Unpack[FineOptions],
     ) -> Completion: ...
 
     @overload
@@ -207,8 +222,9 @@ class SyncVLLMManager:
         prompts: Sequence[str],
         max_tokens: int | None = None,
         *,
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Unpack[CompleteOptions],
+        **options: Unpack[FineOptions],
     ) -> list[Completion]: ...
 
     def complete(self, launch_id: str, *args: Any, **kwargs: Any) -> Completion | list[Completion]:
@@ -232,26 +248,24 @@ class SyncVLLMManager:
     ) -> Iterator[LaunchResponse]:
         """Launch a model, wait until it is ready, and stop it when the block is left; see `VLLMManager.run`."""
         # Not by `VLLMManager.run` itself: a KeyboardInterrupt of the block, thrown into the loop, would end the loop.
-        launch = self._thread.wait(
-            lifecycle.begin(
-                self._manager,
-                model,
-                task=task,
-                gpu_ids=gpu_ids,
-                extra_kwargs=extra_kwargs,
-                gpu_count=gpu_count,
-                gpu_share=gpu_share,
-                ready_timeout=ready_timeout,
-                ready_poll_interval=ready_poll_interval,
-                on_progress=on_progress,
-            )
+        run = Run(
+            self._manager,
+            model,
+            task=task,
+            gpu_ids=gpu_ids,
+            extra_kwargs=extra_kwargs,
+            gpu_count=gpu_count,
+            gpu_share=gpu_share,
+            ready_timeout=ready_timeout,
+            ready_poll_interval=ready_poll_interval,
+            on_progress=on_progress,
         )
         try:
-            yield launch
+            yield self._thread.wait(run.begin())
         except BaseException as problem:
-            self._thread.wait(lifecycle.end(self._manager, launch.launch_id, problem))
+            self._thread.wait(run.end(problem))
             raise
-        self._thread.wait(lifecycle.end(self._manager, launch.launch_id))
+        self._thread.wait(run.end())
 
     @property
     def grpc_address(self) -> str:

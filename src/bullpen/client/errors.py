@@ -6,6 +6,7 @@ class                    means                                    what to do
 `ConnectionFailed`       nobody answers, or the connection broke  start a daemon, or name the right URL
 `UnexpectedAnswer`       what answers is no Bullpen               name the right URL
 `Refused`                the daemon said no                       its sentence says what to change
+`InvalidRequest`         the request can never work               change it as its sentence says
 `Unauthorized`           the daemon wants another key             give it
 `TimedOut`               it takes longer than was allowed         wait longer, or look at the log
 `InstanceFailed`         the instance will not become ready       its sentence and its log say why
@@ -15,7 +16,7 @@ class                    means                                    what to do
 from __future__ import annotations
 
 from bullpen.client.models import Instance
-from bullpen.errors import BullpenError
+from bullpen.errors import BullpenError, InvalidRequestError
 
 
 class ClientError(BullpenError):
@@ -51,6 +52,18 @@ class Unauthorized(Refused):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, 401)
+
+
+class InvalidRequest(Refused, InvalidRequestError):
+    """A request that can never work: the server says so (status 400 or 422), or it was not even sent (400).
+
+    Attributes:
+        field: the argument that is wrong, where it was not sent.
+    """
+
+    def __init__(self, message: str, status: int = 400, *, field: str = "options") -> None:
+        super().__init__(message, status)
+        self.field = field
 
 
 class InstanceFailed(ClientError):

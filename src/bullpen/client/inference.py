@@ -5,27 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bullpen.client.errors import ClientError, ConnectionFailed, Refused, TimedOut, Unauthorized, UnexpectedAnswer
-from bullpen.client.launch_errors import InvalidRequest, NotFound, NotReady, ServerFault
+from bullpen.client.errors import (
+    ClientError,
+    ConnectionFailed,
+    InvalidRequest,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    UnexpectedAnswer,
+)
+from bullpen.client.launch_errors import NotFound, NotReady, ServerFault
 from bullpen.client.messages import Call
 from bullpen.client.patience import Patience
 from bullpen.client.target import is_loopback
-from bullpen.errors import InvalidRequestError
 
 DEFAULT_REST_PORT = 8000
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a gRPC server is, as gRPC writes it, and whether it speaks TLS."""
+    """Where a gRPC server is, as gRPC writes it, and whether it speaks TLS.
+
+    Attributes:
+        authorities: the certificates, as PEM, of those who may vouch for it; None: those that gRPC knows.
+    """
 
     target: str
     tls: bool
     is_local: bool = False
+    authorities: bytes | None = None
 
     @classmethod
     def find(cls, base_url: str, given: str | None) -> Address:
@@ -34,18 +47,32 @@ class Address:
         TLS is spoken where the URL in question begins with ``https:``; a ``host:port`` that was given is no URL.
 
         Raises:
-            InvalidRequestError: there is no port after it.
+            InvalidRequest: there is no port after it.
         """
         base = urlsplit(base_url)
         host = base.hostname or "localhost"
         if given is None:
             port = (base.port or DEFAULT_REST_PORT) + 1
             if port > 65535:
-                raise InvalidRequestError(f"no port comes after that of {base_url}; give grpc_address", field="port")
+                raise InvalidRequest(f"no port comes after that of {base_url}; give grpc_address", field="port")
             name = f"[{host}]" if ":" in host else host
             return cls(f"{name}:{port}", base.scheme == "https", is_loopback(host))
         scheme, _, rest = given.rpartition("://")
         return cls(rest.rstrip("/"), scheme == "https", is_loopback(urlsplit(f"//{rest}").hostname or ""))
+
+    def vouched_for(self, file: Path | str) -> Address:
+        """The same place, by TLS, with the certificates in a PEM file as those who may vouch for it.
+
+        Raises:
+            ClientError: the file cannot be read, or holds no certificate.
+        """
+        try:
+            authorities = Path(file).read_bytes()
+        except OSError as problem:
+            raise ClientError(f"grpc_ca: {file} cannot be read: {problem.strerror}") from problem
+        if b"-----BEGIN CERTIFICATE-----" not in authorities:
+            raise ClientError(f"grpc_ca: {file} holds no certificate; give a PEM file, such as the server's own one")
+        return replace(self, tls=True, authorities=authorities)
 
 
 class Inference:
@@ -64,6 +91,7 @@ class Inference:
         self._retry_seconds = retry_seconds
         self._limit_response = limit_response
         self._has_answered = False
+        self._is_closed = False
         self._channel: Any = None
 
     async def ask(self, call: Call, timeout: float | None) -> Any:
@@ -82,6 +110,7 @@ class Inference:
 
     async def close(self) -> None:
         """Close the channel; calls in flight end."""
+        self._is_closed = True
         if self._channel is not None:
             await self._channel.close()
 
@@ -109,7 +138,9 @@ class Inference:
                 lost = problem.code() is grpc.StatusCode.UNAVAILABLE
                 self._has_answered |= not lost
                 if not (lost and self._has_answered and not has_begun and await patience.pause()):
-                    raise failure(grpc, problem, self.address) from problem
+                    unreached = (grpc.ChannelConnectivity.CONNECTING, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
+                    was_reached = self._has_answered or channel.get_state() not in unreached
+                    raise failure(grpc, problem, self.address, was_reached=was_reached) from problem
             finally:
                 running.cancel()
 
@@ -121,6 +152,8 @@ class Inference:
         return (("authorization", f"Bearer {self._access_key}"),)
 
     def _open(self, grpc: Any) -> Any:
+        if self._is_closed:
+            raise ClientError("this client was closed; make another one")
         if self._channel is None:
             options = [
                 # A server that is back should be found soon.
@@ -133,7 +166,7 @@ class Inference:
             if not self._limit_response:
                 options += [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
             if self.address.tls:
-                credentials = grpc.ssl_channel_credentials()
+                credentials = grpc.ssl_channel_credentials(self.address.authorities)
                 self._channel = grpc.aio.secure_channel(self.address.target, credentials, options=options)
             else:
                 self._channel = grpc.aio.insecure_channel(self.address.target, options=options)
@@ -164,8 +197,15 @@ def was_aborted(problem: ConnectionFailed) -> bool:
     return isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.ABORTED
 
 
-def failure(grpc: Any, problem: Any, address: Address) -> ClientError:
-    """The error for a status that is not OK; it has the server's own sentence."""
+def failure(grpc: Any, problem: Any, address: Address, *, was_reached: bool) -> ClientError:
+    """The error for a status that is not OK; it has the server's own sentence.
+
+    Args:
+        grpc: the library.
+        problem: what it raised.
+        address: the server.
+        was_reached: there was a server; else the address may be wrong.
+    """
     code, said = problem.code(), problem.details() or problem.code().name
     refusals: dict[Any, tuple[type[Refused], int]] = {
         grpc.StatusCode.INVALID_ARGUMENT: (InvalidRequest, 400),
@@ -179,6 +219,8 @@ def failure(grpc: Any, problem: Any, address: Address) -> ClientError:
         return kind(said, status)
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return Unauthorized(f"{said}: set BULLPEN_ACCESS_KEY, or give access_key")
+    if code is grpc.StatusCode.UNAVAILABLE and was_reached:
+        return ConnectionFailed(said)
     if code is grpc.StatusCode.UNAVAILABLE:
         where = f"{address.target}{' with TLS' if address.tls else ''}"
         return ConnectionFailed(f"{said} (the gRPC server was looked for at {where}; else give grpc_address)")

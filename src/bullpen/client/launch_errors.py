@@ -3,10 +3,10 @@
 ======================== ======================================== ==========================================
 class                    means                                    what to do
 ======================== ======================================== ==========================================
-`InvalidRequest`         the request can never work               change it as its sentence says
 `NotFound`               there is no such launch or instance      list them
 `Conflict`               something stands in the way              its sentence names it
 `NotReady`               the launch takes no such work now        wait for it, or look at its task
+`RevisionGone`           events of a watch were missed            list the instances, then watch anew
 `ServerFault`            the server or its engine failed          its sentence, and the log, say why
 `LaunchFailed`           the launch ended before it was ready     its sentence and its log say why
 `LaunchTimedOut`         the launch is not ready in time          wait longer, or look at its log
@@ -15,24 +15,25 @@ class                    means                                    what to do
 
 from __future__ import annotations
 
-from bullpen.client.errors import ClientError, Refused, TimedOut
+from bullpen.client.errors import ClientError, InvalidRequest, Refused, TimedOut
 from bullpen.client.launches import LaunchResponse
-
-
-class InvalidRequest(Refused):
-    """The server says that this can never work (status 400 or 422)."""
+from bullpen.errors import ConflictError
 
 
 class NotFound(Refused):
     """The server knows nothing of that name (status 404)."""
 
 
-class Conflict(Refused):
+class Conflict(Refused, ConflictError):
     """Something stands in the way, such as the owner of a GPU (status 409)."""
 
 
 class NotReady(Conflict):
     """The launch is not ready, does another task, or its server has just died."""
+
+
+class RevisionGone(Refused):
+    """The events after a revision cannot be given (status 410)."""
 
 
 class ServerFault(Refused):
@@ -67,6 +68,12 @@ def refused(problem: Refused) -> Refused:
     """The same refusal, as the class that fits its status."""
     if type(problem) is not Refused:
         return problem
-    kinds: dict[int, type[Refused]] = {400: InvalidRequest, 422: InvalidRequest, 404: NotFound, 409: Conflict}
+    kinds: dict[int, type[Refused]] = {
+        400: InvalidRequest,
+        422: InvalidRequest,
+        404: NotFound,
+        409: Conflict,
+        410: RevisionGone,
+    }
     kind = kinds.get(problem.status, ServerFault if problem.status >= 500 else Refused)
     return kind(str(problem), problem.status)

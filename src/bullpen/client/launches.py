@@ -113,12 +113,39 @@ class SystemStatsResponse(Answer):
     nvidia_smi_error: str | None = None
 
 
+class TopLogprob(NamedTuple):
+    """One of the likeliest tokens at a place; ``logprob`` is its natural logarithm."""
+
+    token: str
+    logprob: float
+
+
+class TokenLogprob(NamedTuple):
+    """How likely a token was.
+
+    Attributes:
+        logprob: the natural logarithm; None where the engine has none.
+        top: the likeliest tokens at its place, as many as were asked for.
+    """
+
+    token: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
 class Completion(NamedTuple):
-    """A text that a model wrote."""
+    """A text that a model wrote.
+
+    Attributes:
+        finish_reason: why it ended: ``stop``, ``length``, …; empty where the service that was asked does not say.
+        logprobs: of each token, where ``logprobs`` were asked for.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    finish_reason: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class ChatAnswer(NamedTuple):
@@ -128,6 +155,7 @@ class ChatAnswer(NamedTuple):
         text: the answer.
         reasoning: what a reasoning model thought before it; empty for others.
         finish_reason: why it ended: ``stop``, ``length``, …
+        logprobs: of each token, where ``logprobs`` were asked for.
     """
 
     text: str
@@ -135,6 +163,7 @@ class ChatAnswer(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Token(NamedTuple):
@@ -145,6 +174,7 @@ class Token(NamedTuple):
         reasoning: what is to be added to a reasoning model's thoughts.
         finish_reason: in the last piece why the text ended; else empty.
         prompt_tokens, completion_tokens: of the whole, in the last piece; else 0.
+        logprobs: of its tokens, where ``logprobs`` were asked for.
     """
 
     text: str
@@ -152,11 +182,18 @@ class Token(NamedTuple):
     finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One of several completions, told as soon as it is there; ``index`` is its prompt's place, from 0."""
+    """One of several completions, told as soon as it is there.
+
+    Attributes:
+        index: its prompt's place, from 0.
+        choice: which of the ``n`` completions of that prompt it is, from 0.
+    """
 
     index: int
     completion: Completion
+    choice: int = 0

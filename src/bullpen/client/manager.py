@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self, Unpack, cast, overload
 
 import httpx
 
-from bullpen.client import lifecycle, messages, wire
+from bullpen.client import messages, wire
 from bullpen.client.batch import BatchProgress, BatchReport, run_batch_by
 from bullpen.client.batch_ways import way_to
+from bullpen.client.errors import InvalidRequest
 from bullpen.client.inference import Address, Inference
 from bullpen.client.launches import (
     ChatAnswer,
@@ -24,12 +25,12 @@ from bullpen.client.launches import (
     SystemStatsResponse,
     Token,
 )
-from bullpen.client.messages import CompleteOptions, Sampling
+from bullpen.client.lifecycle import Run
+from bullpen.client.messages import CompleteOptions, FineOptions, Sampling, SeveralSampling
 from bullpen.client.models import Event, Instance, InstanceList, Swapped
 from bullpen.client.rest import Rest, segment
 from bullpen.client.target import find
 from bullpen.client.waiting import Progress, wait_until_ready
-from bullpen.errors import InvalidRequestError
 
 
 class VLLMManager:
@@ -49,6 +50,8 @@ class VLLMManager:
             after that of ``base_url`` (8001 where that names none), by TLS where ``base_url`` begins with ``https:``.
         access_key: the key; likewise.
         timeout: seconds that the daemon may take to answer a REST call.
+        grpc_ca: a PEM file with the certificates that may vouch for the gRPC server, such as its own; with it TLS is
+            spoken in any case. None: those that gRPC knows.
         limit_response: refuse gRPC messages of more than 4 MiB.
         retry_seconds: how long a call is tried again after its connection was lost.
         transport: how REST calls travel, for tests; None: over the network.
@@ -61,6 +64,7 @@ class VLLMManager:
         grpc_address: str | None = None,
         access_key: str | None = None,
         timeout: float = 30.0,
+        grpc_ca: Path | str | None = None,
         limit_response: bool = False,
         retry_seconds: float = 30.0,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -68,6 +72,8 @@ class VLLMManager:
         self.target = find(base_url, access_key)
         self._rest = Rest(self.target, timeout, retry_seconds, transport)
         address = Address.find(self.target.url, grpc_address)
+        if grpc_ca is not None:
+            address = address.vouched_for(grpc_ca)
         self._inference = Inference(address, self.target.access_key, retry_seconds, limit_response=limit_response)
 
     @property
@@ -109,7 +115,11 @@ class VLLMManager:
         return await self._rest.ask_for(list[LaunchResponse], "GET", "/launch")
 
     async def stop(self, launch_id: str) -> LaunchResponse:
-        """Stop a launch, whatever it is doing; its GPUs are free when this returns. An ended one is left as it is."""
+        """Stop a launch, whatever it is doing. An ended one is left as it is.
+
+        Its GPUs are free when this returns, unless its state is ``stopping``: then processes of it have not ended in
+        5 s, and keep them until they do.
+        """
         return await self._rest.ask_for(LaunchResponse, "POST", f"/stop/{segment(launch_id)}")
 
     async def logs(self, launch_id: str, offset: int = 0) -> LogsResponse:
@@ -175,11 +185,14 @@ class VLLMManager:
     ) -> AsyncIterator[LaunchResponse]:
         """Launch a model, wait until it is ready, and stop it when the block is left, however that happens.
 
+        A block that is cancelled is left when the launch is stopped, and no sooner. A process that is killed leaves no
+        block: its launch stays.
+
         Args:
             model, task, gpu_ids, extra_kwargs, gpu_count, gpu_share: as for `launch`.
             ready_timeout, ready_poll_interval, on_progress: as for `wait_until_ready`.
         """
-        launch = await lifecycle.begin(
+        run = Run(
             self,
             model,
             task=task,
@@ -192,11 +205,11 @@ class VLLMManager:
             on_progress=on_progress,
         )
         try:
-            yield launch
+            yield await run.begin()
         except BaseException as problem:
-            await lifecycle.end(self, launch.launch_id, problem)
+            await run.end(problem)
             raise
-        await lifecycle.end(self, launch.launch_id)
+        await run.end()
 
     # -- inference ---------------------------------------------------------------------------------------------
 
@@ -227,8 +240,9 @@ class VLLMManager:
         *,
         prompt: str,
         max_tokens: int | None = None,
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Unpack[CompleteOptions],
+        **options: Unpack[FineOptions],
     ) -> Completion: ...
 
     @overload
@@ -238,8 +252,9 @@ class VLLMManager:
         prompts: Sequence[str],
         max_tokens: int | None = None,
         *,
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Unpack[CompleteOptions],
+        **options: Unpack[FineOptions],
     ) -> list[Completion]: ...
 
     async def complete(
@@ -249,24 +264,37 @@ class VLLMManager:
         max_tokens: int | None = None,
         *,
         prompt: str | None = None,
+        model: str | None = None,
         timeout: float | None = None,
-        **options: Unpack[CompleteOptions],
+        **options: Unpack[FineOptions],
     ) -> Completion | list[Completion]:
         """The completion of one prompt, or those of several in their order.
+
+        With nothing but what `CompleteOptions` has, the service of the earlier system is asked, which tells no
+        ``finish_reason``; with ``model`` or any other option Bullpen's own.
 
         Args:
             launch_id: a launch with the task ``generate``.
             prompts: several texts...
             max_tokens: how long each may become; None: the server's default.
             prompt: ... or one text.
+            model: a name that the launch serves, as of a LoRA adapter; None: its own.
             timeout: seconds that the server may take; None: as long as it takes.
-            **options: see `CompleteOptions`.
+            **options: see `FineOptions`.
         """
         if (prompt is None) == (prompts is None):
-            raise InvalidRequestError("give either prompt, one text, or prompts, a list of texts", field="prompt")
+            raise InvalidRequest("give either prompt, one text, or prompts, a list of texts", field="prompt")
+        messages.check_options(options, FineOptions)
         wanted = [prompt] if prompt is not None else prompts or []
-        answer = await self._inference.ask(messages.complete(launch_id, wanted, max_tokens, options), timeout)
-        found = [messages.read_completion(one) for one in answer.completions]
+        if model is None and messages.is_plain(options):
+            call = messages.complete(launch_id, wanted, max_tokens, cast(CompleteOptions, options))
+            answer = await self._inference.ask(call, timeout)
+            found = [messages.read_completion(one) for one in answer.completions]
+        else:
+            call = messages.complete_each(launch_id, wanted, model, {**options, "max_tokens": max_tokens})
+            async with aclosing(self._inference.stream(call, timeout)) as answers:
+                done = [one async for one in answers]
+            found = [messages.read_completion(one) for one in sorted(done, key=lambda one: one.index)]
         return found if prompt is None else found[0]
 
     async def complete_stream(
@@ -291,7 +319,7 @@ class VLLMManager:
         *,
         model: str | None = None,
         timeout: float | None = None,
-        **sampling: Unpack[Sampling],
+        **sampling: Unpack[SeveralSampling],
     ) -> AsyncGenerator[Finished]:
         """The completions of several prompts, each as soon as it is done; it says which prompt it belongs to.
 
@@ -300,12 +328,12 @@ class VLLMManager:
             prompts: the texts.
             model: a name that the launch serves, as of a LoRA adapter; None: its own.
             timeout: seconds that the server may take; None: as long as it takes.
-            **sampling: see `Sampling`.
+            **sampling: see `SeveralSampling`.
         """
         call = messages.complete_each(launch_id, prompts, model, sampling)
         async with aclosing(self._inference.stream(call, timeout)) as answers:
             async for completion in answers:
-                yield Finished(completion.index, messages.read_completion(completion))
+                yield Finished(completion.index, messages.read_completion(completion), completion.choice)
 
     async def chat(
         self,
@@ -321,7 +349,8 @@ class VLLMManager:
         Args:
             launch_id: a launch with the task ``generate``.
             conversation: ``[{"role": "user", "content": "Hello"}]``.
-            model, timeout, **sampling: as for `complete_each`.
+            model, timeout: as for `complete_each`.
+            **sampling: see `Sampling`.
         """
         return messages.read_chat(
             await self._inference.ask(messages.chat(launch_id, conversation, model, sampling), timeout)
@@ -342,7 +371,7 @@ class VLLMManager:
         Leaving off early (close the iterator, as `contextlib.aclosing` does) ends the work on the server as well.
         """
         if (prompt is None) == (conversation is None):
-            raise InvalidRequestError("give either prompt, one text, or conversation, its messages", field="prompt")
+            raise InvalidRequest("give either prompt, one text, or conversation, its messages", field="prompt")
         if prompt is not None:
             call = messages.complete_each(launch_id, [prompt], model, sampling, streamed=True)
         else:
@@ -420,8 +449,15 @@ class VLLMManager:
         return wire.read_swapped(self.target, document)
 
     async def watch(self, since: int | None = None, fine: bool = False) -> AsyncGenerator[Event]:
-        """What happens to instances, until the daemon ends; see `BullpenClient.watch`."""
-        async with self._rest.watch(since, fine=fine) as events:
+        """What happens to instances; see `BullpenClient.watch`.
+
+        Where the connection is lost, it goes on after the last event once the daemon is back. What finer events would
+        have told meanwhile is not told again.
+
+        Raises:
+            RevisionGone: events were missed; list the instances, then watch anew.
+        """
+        async with aclosing(self._rest.follow(since, fine=fine)) as events:
             async for event in events:
                 yield event
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -11,10 +12,10 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from bullpen.client import wire
-from bullpen.client.errors import ConnectionFailed, Refused
-from bullpen.client.launch_errors import refused
+from bullpen.client.errors import ClientError, ConnectionFailed, InvalidRequest, Refused, TimedOut
+from bullpen.client.launch_errors import RevisionGone, refused
 from bullpen.client.models import Event
-from bullpen.client.patience import Patience
+from bullpen.client.patience import LONGEST_PAUSE_SECONDS, Patience
 from bullpen.client.target import Target
 
 AWAY = (502, 503, 504)
@@ -96,6 +97,7 @@ class Rest:
     @asynccontextmanager
     async def watch(self, since: int | None = None, *, fine: bool = False) -> AsyncIterator[AsyncIterator[Event]]:
         """Open the watch; nothing is missed that happens after this was entered."""
+        self._check_open()
         params = {**({} if since is None else {"since": str(since)}), **({"events": "all"} if fine else {})}
         timeout = httpx.Timeout(self._timeout, read=wire.SILENCE_SECONDS if fine else None)
         with wire.transport_errors(self._target):
@@ -106,13 +108,50 @@ class Rest:
                 async with aclosing(self._events(response)) as events:
                     yield events
 
+    async def follow(self, since: int | None, *, fine: bool) -> AsyncGenerator[Event]:
+        """The events of the watch; where it ends it is opened again after the last of them.
+
+        Raises:
+            RevisionGone: the daemon does not know any more what happened since.
+            ConnectionFailed: it could not be opened, or not again.
+        """
+        patience, has_begun = Patience(self._retry_seconds), False
+        while True:
+            opened: float | None = None
+            try:
+                async with self.watch(since, fine=fine) as events:
+                    has_begun, opened = True, time.monotonic()
+                    async for event in events:
+                        patience.renew()
+                        since = max(since or 0, event.revision)
+                        yield event
+                lost: ClientError = ConnectionFailed(f"the daemon at {self._target.url} has ended its watch")
+            except RevisionGone as problem:
+                if not has_begun:
+                    raise
+                text = f"events were missed while the connection was lost ({problem}); list the instances, then watch"
+                raise RevisionGone(f"{text} without since", problem.status) from problem
+            except (ConnectionFailed, TimedOut, Refused) as problem:
+                if isinstance(problem, Refused) and problem.status not in AWAY:
+                    raise
+                lost = problem
+            if opened is not None and time.monotonic() - opened > LONGEST_PAUSE_SECONDS:
+                patience.renew()  # it was open for long, if silent
+            if not has_begun or not await patience.pause():
+                raise lost
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise ClientError("this client was closed; make another one")
+
     async def _send(
         self, method: str, path: str, body: bytes | None, params: Mapping[str, str] | None, *, patient: bool
     ) -> httpx.Response:
+        self._check_open()
         headers = {"Content-Type": "application/json"} if body is not None else {}
         timeout = httpx.Timeout(self._timeout, read=None if patient else self._timeout)
         with wire.transport_errors(self._target):
@@ -140,5 +179,11 @@ class Rest:
 
 
 def segment(launch_id: str) -> str:
-    """A launch id as one segment of a path."""
+    """A launch id as one segment of a path.
+
+    Raises:
+        InvalidRequest: no launch can have that id, and the path would lead somewhere else.
+    """
+    if not isinstance(launch_id, str) or "/" in launch_id:
+        raise InvalidRequest(f"no launch can be called {launch_id!r}: give the launch_id of one", field="launch_id")
     return quote(launch_id, safe="", errors="replace").replace(".", "%2E") or "%20"

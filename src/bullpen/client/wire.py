@@ -11,10 +11,17 @@ from urllib.parse import quote
 
 import httpx
 
-from bullpen.client.errors import ConnectionFailed, Refused, TimedOut, Unauthorized, UnexpectedAnswer
+from bullpen.client.errors import (
+    ClientError,
+    ConnectionFailed,
+    InvalidRequest,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    UnexpectedAnswer,
+)
 from bullpen.client.models import Event, Instance, LogChunk, Swapped
-from bullpen.client.target import Target
-from bullpen.errors import InvalidRequestError
+from bullpen.client.target import DEFAULT_URL, Target
 
 INSTANCES = "/v2/vllm/instances"
 WATCH = f"{INSTANCES}/watch"
@@ -26,14 +33,29 @@ ID_RULE = "an id has 1 to 128 of A-Z a-z 0-9 . _ -, does not begin with a dot an
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
 
 
+def json_body(document: Mapping[str, Any]) -> bytes:
+    """A JSON object as it is sent.
+
+    Raises:
+        InvalidRequest: something in it cannot be written as JSON.
+    """
+    for name, value in document.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as problem:
+            text = f"{name} cannot be sent as JSON ({problem}); it may hold texts, finite numbers, lists and dicts"
+            raise InvalidRequest(text, field=name) from problem
+    return json.dumps(document).encode()
+
+
 def instance_path(instance_id: str) -> str:
     """The path of an instance.
 
     Raises:
-        InvalidRequestError: no instance can have that id, and the path would lead somewhere else.
+        InvalidRequest: no instance can have that id, and the path would lead somewhere else.
     """
-    if instance_id in ("", "watch") or "/" in instance_id:
-        raise InvalidRequestError(f"no instance can be called {instance_id!r}: {ID_RULE}", field="instance_id")
+    if not isinstance(instance_id, str) or instance_id in ("", "watch") or "/" in instance_id:
+        raise InvalidRequest(f"no instance can be called {instance_id!r}: {ID_RULE}", field="instance_id")
     # Dots are unreserved, but a segment of dots alone would climb up the path.
     return f"{INSTANCES}/{quote(instance_id, safe='', errors='replace').replace('.', '%2E')}"
 
@@ -41,7 +63,7 @@ def instance_path(instance_id: str) -> str:
 def config_body(options: str, **optional: Any) -> bytes:
     """The body of a create; what is None is left out."""
     given = {name: value for name, value in optional.items() if value is not None}
-    return json.dumps({"options": options, **given}).encode()
+    return json_body({"options": options, **given})
 
 
 def sleep_params(level: int | None, drain: float | None, *, refuse: bool) -> dict[str, str]:
@@ -52,7 +74,7 @@ def sleep_params(level: int | None, drain: float | None, *, refuse: bool) -> dic
 
 def verdict_body(level: int, *, works: bool, why: str) -> bytes:
     """The body of a verdict."""
-    return json.dumps({"level": level, "works": works, "why": why}).encode()
+    return json_body({"level": level, "works": works, "why": why})
 
 
 def swap_body(
@@ -71,7 +93,7 @@ def swap_body(
         "drain": drain,
         "new_requests": "refuse" if refuse else "hold",
     }
-    return json.dumps(body).encode()
+    return json_body(body)
 
 
 def log_range(start: int, end: int | None) -> dict[str, str]:
@@ -88,7 +110,15 @@ def new_headers(target: Target) -> dict[bytes, bytes]:
 
 
 def client_options(target: Target, timeout: float) -> dict[str, Any]:
-    """How httpx's clients are made."""
+    """How httpx's clients are made.
+
+    Raises:
+        ClientError: the URL's host can be none.
+    """
+    try:
+        httpx.URL(target.url)
+    except httpx.InvalidURL as problem:
+        raise ClientError(f"{target.url} is no URL of a daemon ({problem}); write it as {DEFAULT_URL}") from problem
     return {
         "base_url": target.url,
         "headers": new_headers(target),

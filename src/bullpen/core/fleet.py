@@ -230,7 +230,7 @@ class Fleet:
         after, pending.after = pending.after, None
         if after is not None:
             return self._sleeping.ended(instance, after, now)
-        return self._stopping.tree_gone(instance)
+        return self._stopping.tree_gone(instance, now)
 
     def _stop(self, event: ev.Stop, now: float) -> list[fx.Effect]:
         instance = self.instances.get(event.id)
@@ -295,7 +295,8 @@ class Fleet:
             self.roster.begin(instance, Doing.SLEEP, Stage.ENDING, now, depth=Depth.STOPPED, reason="it was on its way")
             return self._stopping.kill_and_keep(instance)
         if not alive and instance.ended_at is not None:  # as every watcher knows: it was to be started again
-            instance.error = Failure(CrashClass.ERROR, "the daemon ended before it could start it again; wake it")
+            why = "the daemon ended before it could start it again; wake it, or launch it again"
+            instance.error = Failure(CrashClass.ERROR, why)
             instance.enter(State.FAILED)
             return [fx.Save(instance.id), fx.PublishState(instance), *self._stopping.kill(instance)]
         if not alive:

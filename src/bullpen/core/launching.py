@@ -230,7 +230,8 @@ class Launching:
         """End a start for which the earlier daemon had no process yet."""
         doing = Doing.START if instance.attempt == 1 else Doing.WAKE
         self._roster.begin(instance, doing, Stage.PREPARING, now, depth=instance.depth, reason="it was on its way")
-        return self.fail(instance, ConflictError("the daemon ended before it was started; wake it"), now)
+        why = "the daemon ended before it was started; wake it, or launch it again"
+        return self.fail(instance, ConflictError(why), now)
 
     # -- until it is ready -------------------------------------------------------------------------------------
 

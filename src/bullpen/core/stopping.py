@@ -141,16 +141,19 @@ class Stopping:
         pending.killing = False
         return self._roster.instances[instance_id]
 
-    def tree_gone(self, instance: Instance) -> list[fx.Effect]:
+    def tree_gone(self, instance: Instance, now: float) -> list[fx.Effect]:
         """No process of an instance is left that is not to stay, or that has ended by itself."""
         instance.tree_gone = True
+        unseen = instance.running
+        if unseen:  # nobody watched its server: an earlier daemon forked it and did not live to tell
+            instance.ended_at = now
         if not instance.listed:
             self._roster.release_port(instance)
             return [fx.Forget(instance.id, instance.key), *self._roster.drop(instance)]
-        return self._remove(instance) if self._removes(instance) else self._stay(instance)
+        return self._remove(instance) if self._removes(instance) else self._stay(instance, unseen=unseen)
 
-    def _stay(self, instance: Instance) -> list[fx.Effect]:
-        """What is left of an instance that has ended and is not to be removed."""
+    def _stay(self, instance: Instance, *, unseen: bool = False) -> list[fx.Effect]:
+        """What is left of an instance that has ended, maybe ``unseen``, and is not to be removed."""
         self._roster.release_port(instance)
         instance.depth, instance.heading = Depth.STOPPED, None
         pending = self._roster.pending[instance.id]
@@ -161,10 +164,11 @@ class Stopping:
             instance.enter(State.STOPPED if instance.error is None else State.FAILED)
             told = self._roster.publish("STOPPED", instance)
             return [*told, fx.PublishState(instance), *answers]
+        told = self._roster.publish("STOPPED", instance) if unseen else [fx.Save(instance.id)]
         if instance.error is None or instance.error.kind is not CrashClass.STUCK:
-            return [fx.Save(instance.id), *answers]
+            return [*told, *answers]
         instance.error = Failure(CrashClass.STUCK, "its processes outlived SIGKILL for a while; they are gone now")
-        return [fx.Save(instance.id), fx.PublishState(instance), *answers]
+        return [*told, fx.PublishState(instance), *answers]
 
     def _remove(self, instance: Instance) -> list[fx.Effect]:
         replies = self._roster.drop(instance)

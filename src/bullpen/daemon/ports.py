@@ -20,8 +20,13 @@ def take_ports(settings: Settings) -> tuple[socket.socket, socket.socket | None]
     the address until then.
 
     Raises:
-        StateError: another program has an address, or this host does not.
+        StateError: another program has an address, or this host does not, or both are the same.
     """
+    if settings.port != 0 and settings.port == settings.grpc_port:
+        raise StateError(
+            f"the REST API and gRPC cannot share port {settings.port}: choose another --grpc-port (0 for none), or"
+            " leave it out and get the one after --port"
+        )
     if settings.port == 0 and settings.grpc_port is None:
         return take_any_pair(settings.host)
     http = bind(settings.host, settings.port)

@@ -24,11 +24,14 @@ _EXCEPTION = re.compile(r"(?P<type>[A-Za-z_][\w.]{0,200})(?:: (?P<message>.*))?$
 _FRAME = re.compile(r'  File "(?P<file>[^"]{1,1000})", line \d+')
 _CHAINS = ("During handling of the above exception", "The above exception was the direct cause")
 
+ENGINE_DIED = "EngineCore encountered an issue."
+"""How vLLM's server refuses requests once its engine has died, in the moment before it ends itself."""
+
 _WRAPPERS = (
     "Engine core initialization failed.",
     "Frontend process failed during engine core initialization.",
     "WorkerProc initialization failed due to an exception",
-    "EngineCore encountered an issue.",
+    ENGINE_DIED,
     "Executor failed.",
     "died unexpectedly.",
     "died with exit code",

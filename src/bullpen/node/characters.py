@@ -1,4 +1,4 @@
-"""UTF-8 in pieces: where a piece of text may be cut so that no character is."""
+"""UTF-8: what can be written as such, and where a piece of it may be cut so that no character is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ BEGUN = b"\xf0"
 """The first byte of one so long."""
 LEAST_PIECE = 2 * LONGEST_CHARACTER
 """Bytes of a piece that holds a whole character wherever it is cut."""
+
+
+def check_text(text: str) -> str:
+    """Return text that can be written as UTF-8. Python keeps other bytes of the environment as halves of characters.
+
+    Raises:
+        ValueError: it cannot be; the message does not quote it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds bytes that are no UTF-8; write it in letters, digits and signs") from None
+    return text
 
 
 def owed(before: bytes, data: bytes) -> int:

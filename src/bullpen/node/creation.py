@@ -180,7 +180,7 @@ class Creation:
             for name, value in (instance.config.env_vars or {}).items()
             if not instance.gpus or name not in SET_BY_THE_BOOK
         }
-        log = self._resources.logs.create(instance.key)
+        log = self._resources.logs.create(instance.key, instance.id)
         handle.log_start = os.fstat(log).st_size
         try:
             make_folder(place)

@@ -7,15 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from bullpen.errors import BullpenError
+from bullpen.errors import LaunchRefusedError
 
 Task = Literal["generate", "embed"]
 
 KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-
-
-class LaunchRefusedError(BullpenError):
-    """A launch that cannot be on this host."""
 
 
 def command_line(model: str, task: Task, extra_kwargs: Mapping[str, Any], gpu_count: int) -> list[str]:

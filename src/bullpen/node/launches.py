@@ -8,26 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from bullpen.core.devices import Gpu
 from bullpen.core.instance import ENDED, Config, Instance, State
 from bullpen.core.operation import Doing, Stage
 from bullpen.core.public import phase_seconds, remaining_seconds
 from bullpen.core.request import split_options
-from bullpen.errors import ConflictError, InvalidRequestError, NotFoundError, StuckError
-from bullpen.node.characters import BEGUN, LONGEST_CHARACTER, owed, whole_characters
-from bullpen.node.launch_options import LaunchRefusedError, Task, command_line
-from bullpen.node.logs import MAX_CHUNK
+from bullpen.errors import ConflictError, InvalidRequestError, LaunchRefusedError, NotFoundError, StuckError
+from bullpen.node.launch_options import Task, command_line
+from bullpen.node.logs import MAX_CHUNK, Chunk, Piece, read_piece
 from bullpen.node.supervisor import Supervisor
 
 logger = logging.getLogger("bullpen")
-
-T = TypeVar("T")
 
 FACE = "launch"
 MODEL, TASK = "launch_model", "launch_task"
@@ -70,15 +67,6 @@ class Wanted:
     gpu_share: float | None = None
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece of a log: its first byte, the first one after it, and its text."""
-
-    offset: int
-    next_offset: int
-    content: str
-
-
 class Launches:
     """The launches of one daemon.
 
@@ -100,11 +88,8 @@ class Launches:
         Raises:
             NotFoundError: there is none of that id.
         """
-        return self._known(launch_id, self._supervisor.fleet.get)
-
-    def _known(self, launch_id: str, ask: Callable[[str], T]) -> T:
         try:
-            return ask(launch_id)
+            return self._supervisor.fleet.get(launch_id)
         except NotFoundError:
             raise NotFoundError(f"Unknown launch_id: {launch_id}") from None
 
@@ -159,20 +144,12 @@ class Launches:
         Raises:
             NotFoundError: there is none of that id.
         """
-        instance = self.find(launch_id)
-        read = self._supervisor.read_log
-        chunk = read(launch_id, offset, offset + self._log_chunk)
-        if chunk.start > offset:  # the end that was asked for may lie in what was dropped
-            chunk = read(launch_id, chunk.start, chunk.start + self._log_chunk)
-        first = max(0, chunk.start - LONGEST_CHARACTER + 1)
-        before = read(launch_id, first, chunk.start)
-        was_dropped = before.start > first
-        data = chunk.data[owed(BEGUN + before.data if was_dropped else before.data, chunk.data) :]
-        start = chunk.start + len(chunk.data) - len(data)
-        is_last = instance.state in ENDED and start + len(data) == chunk.total
-        if not is_last:
-            data = whole_characters(data)
-        return Piece(start, start + len(data), data.decode("utf-8", "replace"))
+        has_ended = self.find(launch_id).state in ENDED  # asked for before: what is read then has all of it
+
+        def read(start: int, end: int) -> Chunk:
+            return self._supervisor.read_log(launch_id, start, end)
+
+        return read_piece(read, offset, self._log_chunk, is_whole=has_ended)
 
     # -- changing ----------------------------------------------------------------------------------------------
 

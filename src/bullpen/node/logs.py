@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bullpen.errors import LaunchError
+from bullpen.node.characters import BEGUN, LONGEST_CHARACTER, owed, whole_characters
 
 MAX_CHUNK = 1024 * 1024
 """Bytes of one read at most."""
 FOLLOW_SECONDS = 0.2
+SHORT_KEY = 8
+"""Characters of a key that tell instances of the same id apart, one after the other."""
 HOLE_BLOCK = 1024 * 1024
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
@@ -29,6 +32,29 @@ class Chunk:
     data: bytes
     start: int
     total: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a log that begins and ends between characters.
+
+    Attributes:
+        offset: its first byte.
+        data: its bytes.
+    """
+
+    offset: int
+    data: bytes
+
+    @property
+    def next_offset(self) -> int:
+        """The first byte after it."""
+        return self.offset + len(self.data)
+
+    @property
+    def content(self) -> str:
+        """Its text; what is none is replaced."""
+        return self.data.decode("utf-8", "replace")
 
 
 class Logs:
@@ -59,8 +85,12 @@ class Logs:
     def _entry(self, key: str) -> Path:
         return self._folder / f"{key}.log"
 
-    def create(self, key: str) -> int:
+    def create(self, key: str, name: str) -> int:
         """Create a log and return a descriptor that appends to it.
+
+        Args:
+            key: the instance's.
+            name: its id, which a file begins with that lies in a folder of somebody's choice: people look for it there.
 
         Raises:
             LaunchError: it cannot be created.
@@ -68,7 +98,7 @@ class Logs:
         entry = self._entry(key)
         try:
             if self._place != self._folder and not os.path.lexists(entry):
-                entry.symlink_to(self._place / entry.name)
+                entry.symlink_to(self._place / f"{name}-{key[:SHORT_KEY]}.log")
             return os.open(entry, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as problem:
             raise LaunchError(
@@ -142,6 +172,28 @@ class Logs:
                 self._dropped[key] = dropped + surplus
         finally:
             os.close(descriptor)
+
+
+def read_piece(read: Callable[[int, int], Chunk], offset: int, size: int, *, is_whole: bool) -> Piece:
+    """Read a piece of a log, cut between characters.
+
+    Args:
+        read: reads bytes of the log, from one offset up to another.
+        offset: where it begins. What lies beyond the end is the end; what the cap has dropped is passed over.
+        size: bytes at most, `LEAST_PIECE` at least.
+        is_whole: nothing more is going to be written, so that a character that is not all there never will be.
+    """
+    chunk = read(offset, offset + size)
+    if chunk.start > offset:  # the end that was asked for may lie in what was dropped
+        chunk = read(chunk.start, chunk.start + size)
+    first = max(0, chunk.start - LONGEST_CHARACTER + 1)
+    before = read(first, chunk.start)
+    was_dropped = before.start > first
+    data = chunk.data[owed(BEGUN + before.data if was_dropped else before.data, chunk.data) :]
+    start = chunk.start + len(chunk.data) - len(data)
+    if not (is_whole and start + len(data) == chunk.total):
+        data = whole_characters(data)
+    return Piece(start, data)
 
 
 def punch_hole(descriptor: int, length: int) -> bool:

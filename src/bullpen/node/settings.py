@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bullpen.core.roster import Limits, Patience
 from bullpen.errors import StateError
-from bullpen.node.characters import LEAST_PIECE
+from bullpen.node.characters import LEAST_PIECE, check_text
 from bullpen.node.logs import MAX_CHUNK
 from bullpen.paths import default_state_dir
 
@@ -82,6 +82,12 @@ class Settings(BaseModel):
         if match is None:
             raise ValueError("give a number of MiB, or text such as 512MiB, 64GiB or 1TiB")
         return int(float(match[1]) * UNITS[(match[2] or "m").lower()[0]])
+
+    @field_validator("host", "instance_host", "access_key")
+    @classmethod
+    def _refuse_other_bytes(cls, value: str | None) -> str | None:
+        """Bytes of the environment that are no UTF-8 would be in no message and in no file."""
+        return None if value is None else check_text(value)
 
     @field_validator("access_key")
     @classmethod

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
-from bullpen.access import REMOTE, has_key, is_loopback, is_proxied
+from bullpen.access import REMOTE, carries_key, is_loopback, is_proxied
 
 OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check"})
 
@@ -33,7 +33,7 @@ class Access(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, key: str | None, allow_unauthenticated: bool = False) -> None:
-        self._key = key.strip().encode() if key and key.strip() else None
+        self._key = key.strip().encode(errors="surrogateescape") if key and key.strip() else None
         self._open = allow_unauthenticated
         self._guarded: dict[str, Handler] = {}
 
@@ -46,11 +46,11 @@ class Access(grpc.aio.ServerInterceptor):
         if handler_call_details.method in OPEN_METHODS:
             return await continuation(handler_call_details)
         if self._key is not None:
-            allowed = any(
-                name == "authorization" and has_key(value if isinstance(value, bytes) else value.encode(), self._key)
+            headers = (
+                (name, value if isinstance(value, bytes) else value.encode())
                 for name, value in handler_call_details.invocation_metadata
             )
-            return await continuation(handler_call_details) if allowed else _WITHOUT_KEY
+            return await continuation(handler_call_details) if carries_key(headers, self._key) else _WITHOUT_KEY
         if self._open:
             return await continuation(handler_call_details)
         if is_proxied(name for name, _ in handler_call_details.invocation_metadata):

@@ -8,6 +8,7 @@ config's end-of-text tokens too, which the original heeds.)
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -17,9 +18,10 @@ import grpc
 from bullpen.proto import bootstrap as pb
 from bullpen.rpc import completions, embeddings
 from bullpen.rpc.access import Context
+from bullpen.rpc.batches import MOST_INPUTS
 from bullpen.rpc.failures import CallError, Reported, admit, bootstrap_failure
 from bullpen.rpc.methods import stream, unary
-from bullpen.rpc.ports import Launches, Served
+from bullpen.rpc.ports import InstanceFinder, Served
 from bullpen.rpc.upstream import Json, Upstream
 
 SERVICE = "vllm_bootstrap.InferenceService"
@@ -41,49 +43,56 @@ class Bootstrap:
     """Answers the service's calls.
 
     Args:
-        launches: finds what a call is for.
+        instances: finds what a call is for.
         upstream: the connections to them.
     """
 
-    def __init__(self, launches: Launches, upstream: Upstream) -> None:
-        self._launches = launches
+    def __init__(self, instances: InstanceFinder, upstream: Upstream) -> None:
+        self._instances = instances
         self._upstream = upstream
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a gRPC server needs to serve it."""
+        turns = self._upstream.turns
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Embed": unary(self.embed, pb.EmbedRequest),
-                "Complete": unary(self.complete, pb.CompleteRequest),
-                "EmbedStream": stream(self.embed_stream, pb.EmbedRequest),
-                "CompleteStream": stream(self.complete_stream, pb.CompleteRequest),
+                "Embed": unary(self.embed, pb.EmbedRequest, turns),
+                "Complete": unary(self.complete, pb.CompleteRequest, turns),
+                "EmbedStream": stream(self.embed_stream, pb.EmbedRequest, turns),
+                "CompleteStream": stream(self.complete_stream, pb.CompleteRequest, turns),
             },
         )
 
-    async def embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+    async def embed(self, request: pb.EmbedRequest, context: Context) -> bytes:
         """A vector for each text, in their order."""
-        vectors = [pb.Embedding() for _ in request.texts]
+        parts = [b""] * len(request.texts)
         async with self._reported(context, request.launch_id, "Embedding"):
             served = self._embedder(request)
-            found = embeddings.embedded(self._upstream, served, list(request.texts), {})
+            found = embeddings.embedded(self._upstream, served, request.texts, {})
             async with aclosing(found):
                 async for place, values in found:
-                    vectors[place].values.extend(values)
-        return pb.EmbedResponse(embeddings=vectors)
+                    parts[place] = pb.EmbedResponse(embeddings=[pb.Embedding(values=values)]).SerializeToString()
+        return await _joined(parts)
 
-    async def complete(self, request: pb.CompleteRequest, context: Context) -> pb.CompleteResponse:
+    async def complete(self, request: pb.CompleteRequest, context: Context) -> bytes:
         """A completion for each prompt, in their order."""
         async with self._reported(context, request.launch_id, "Generation"):
             served = self._generator(request)
-            pieces = await completions.whole(self._upstream, served, list(request.prompts), parameters(request))
-        return pb.CompleteResponse(completions=map(_completion, pieces))
+            prompts, wanted = request.prompts, parameters(request)
+            if len(prompts) == 1:
+                return _complete_response(await completions.only(self._upstream, served, prompts[0], wanted))
+            parts = [b""] * len(prompts)
+            async with aclosing(completions.finished(self._upstream, served, prompts, wanted)) as pieces:
+                async for piece in pieces:
+                    parts[piece.index] = _complete_response(piece)
+        return await _joined(parts)
 
     async def embed_stream(self, request: pb.EmbedRequest, context: Context) -> None:
         """A vector for each text, in their order, each when it and those before it are done."""
         async with self._reported(context, request.launch_id, "Embedding stream"):
             served = self._embedder(request)
-            found = embeddings.embedded(self._upstream, served, list(request.texts), {}, most=embeddings.TOGETHER)
+            found = embeddings.embedded(self._upstream, served, request.texts, {}, most=embeddings.TOGETHER_IN_STREAM)
             turn = _InTurn(context)
             async with aclosing(found):
                 async for place, values in found:
@@ -93,7 +102,7 @@ class Bootstrap:
         """A completion for each prompt, in their order, each when it and those before it are done."""
         async with self._reported(context, request.launch_id, "Generation stream"):
             served = self._generator(request)
-            pieces = completions.finished(self._upstream, served, list(request.prompts), parameters(request))
+            pieces = completions.finished(self._upstream, served, request.prompts, parameters(request))
             turn = _InTurn(context)
             async with aclosing(pieces):
                 async for piece in pieces:
@@ -102,15 +111,15 @@ class Bootstrap:
     def _embedder(self, request: pb.EmbedRequest) -> Served:
         if not request.texts:
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "texts must not be empty")
-        return admit(self._launches, request.launch_id, "embed")
+        return admit(self._instances, request.launch_id, "embed")
 
     def _generator(self, request: pb.CompleteRequest) -> Served:
         if not request.prompts:
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "prompts must not be empty")
-        return admit(self._launches, request.launch_id, "generate")
+        return admit(self._instances, request.launch_id, "generate")
 
     def _reported(self, context: Context, launch_id: str, work: str) -> Reported:
-        return Reported(context, partial(bootstrap_failure, self._launches, launch_id, work))
+        return Reported(context, partial(bootstrap_failure, self._instances, launch_id, work))
 
 
 class _InTurn:
@@ -146,3 +155,15 @@ def parameters(request: pb.CompleteRequest) -> Json:
 
 def _completion(piece: completions.Piece) -> pb.Completion:
     return pb.Completion(text=piece.text, prompt_tokens=piece.prompt_tokens, completion_tokens=piece.completion_tokens)
+
+
+def _complete_response(piece: completions.Piece) -> bytes:
+    """The answer with one completion. Such answers, one after the other, are the one with all of them."""
+    return pb.CompleteResponse(completions=[_completion(piece)]).SerializeToString()
+
+
+async def _joined(parts: list[bytes]) -> bytes:
+    """One message of many."""
+    if len(parts) <= MOST_INPUTS:
+        return b"".join(parts)
+    return await asyncio.to_thread(b"".join, parts)  # which lets the event loop run, as little else in Python does

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from bullpen.rpc.batches import merged, slices
+from bullpen.rpc.batches import Slice, merged, slices
 from bullpen.rpc.ports import Served
 from bullpen.rpc.upstream import Json, LostError, RefusedError, Upstream
 
@@ -38,24 +38,12 @@ class Piece:
     logprobs: list[Json] = field(default_factory=list)
 
 
-async def whole(upstream: Upstream, served: Served, prompts: Sequence[str], parameters: Json) -> list[Piece]:
-    """Every completion, in the order of the prompts. Raises as `Upstream.ask` does."""
-    if _is_single(prompts, parameters):
-        return [await _only(upstream, served, prompts[0], parameters)]
-    found: list[Piece] = []
-    async with aclosing(finished(upstream, served, prompts, parameters)) as pieces:
-        async for piece in pieces:
-            found.append(piece)
-    found.sort(key=lambda piece: (piece.index, piece.choice))
-    return found
-
-
 async def finished(
     upstream: Upstream, served: Served, prompts: Sequence[str], parameters: Json
 ) -> AsyncGenerator[Piece, None]:
     """Each completion when it is finished. Raises as `Upstream.stream` does."""
-    if _is_single(prompts, parameters):
-        yield await _only(upstream, served, prompts[0], parameters)
+    if len(prompts) == 1 and parameters.get("n", 1) == 1:
+        yield await only(upstream, served, prompts[0], parameters)
         return
     open_pieces: dict[tuple[int, int], Piece] = {}
     ended = 0
@@ -79,18 +67,17 @@ async def streamed(
     upstream: Upstream, served: Served, prompts: Sequence[str], parameters: Json
 ) -> AsyncGenerator[Piece, None]:
     """The pieces of all completions as they come. Raises as `Upstream.stream` does."""
-    parts = [_streamed_part(upstream, served, first, part, parameters) for first, part in slices(prompts)]
-    async with aclosing(merged(parts)) as pieces:
+
+    def results(part: Slice) -> AsyncGenerator[Piece, None]:
+        return _streamed_part(upstream, served, part.first, part.inputs, parameters)
+
+    async with aclosing(merged(slices(prompts), results, upstream.turns)) as pieces:
         async for piece in pieces:
             yield piece
 
 
-def _is_single(prompts: Sequence[str], parameters: Json) -> bool:
-    return len(prompts) == 1 and parameters.get("n", 1) == 1
-
-
-async def _only(upstream: Upstream, served: Served, prompt: str, parameters: Json) -> Piece:
-    """One completion of one prompt: what is said of the whole answer is said of it."""
+async def only(upstream: Upstream, served: Served, prompt: str, parameters: Json) -> Piece:
+    """The one completion of one prompt: what is said of the whole answer is said of it. Raises as `Upstream.ask`."""
     answer = await upstream.ask(served, PATH, {"model": served.served_model_name, "prompt": [prompt], **parameters})
     try:
         return _piece(answer["choices"][0], answer.get("usage"), 0, 1)

@@ -8,24 +8,29 @@ from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from bullpen.rpc.batches import MOST_INPUTS, merged, slices
+from bullpen.rpc.batches import Slice, merged, slices
 from bullpen.rpc.ports import Served
 from bullpen.rpc.upstream import Json, LostError, Upstream
 
 PATH = "/v1/embeddings"
-TOGETHER = 32
-"""Inputs in one request where results are wanted early: an answer comes when all of its request are done."""
+TOGETHER = 64
+"""Inputs in one request: with the longest vectors that models have, its answer is still read in milliseconds."""
+TOGETHER_IN_STREAM = 32
+"""The same where results are wanted early: an answer comes when all of its request are done."""
 
 
 async def embedded(
-    upstream: Upstream, served: Served, texts: Sequence[str], parameters: Json, most: int = MOST_INPUTS
+    upstream: Upstream, served: Served, texts: Sequence[str], parameters: Json, most: int = TOGETHER
 ) -> AsyncGenerator[tuple[int, array[float]], None]:
     """The vectors, each with its text's place, as they come; `most` texts go in one request.
 
     Raises as `Upstream.ask` does.
     """
-    parts = [_part(upstream, served, first, part, parameters) for first, part in slices(texts, most)]
-    async with aclosing(merged(parts)) as vectors:
+
+    def results(part: Slice) -> AsyncGenerator[tuple[int, array[float]], None]:
+        return _part(upstream, served, part.first, part.inputs, parameters)
+
+    async with aclosing(merged(slices(texts, most), results, upstream.turns)) as vectors:
         async for item in vectors:
             yield item
 

@@ -7,16 +7,14 @@ from types import TracebackType
 
 import grpc
 
+from bullpen.engines.postmortem import ENGINE_DIED
 from bullpen.errors import BullpenError
 from bullpen.rpc.access import Context
-from bullpen.rpc.ports import Launches, Served, Task
-from bullpen.rpc.upstream import LostError, RefusedError
+from bullpen.rpc.ports import InstanceFinder, Served, Task
+from bullpen.rpc.upstream import LostError, NoConnectionError, RefusedError
 
 LONGEST_DETAILS = 2000
 """In bytes. All that goes with a status must fit in 16 KiB, where a byte may take three."""
-
-ENGINE_DIED = "EngineCore encountered an issue."
-"""How vLLM's server refuses requests once its engine has died, in the moment before it ends itself."""
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -74,13 +72,13 @@ def shorten(text: str) -> str:
     return data[:LONGEST_DETAILS].decode(errors="ignore") + " …"
 
 
-def admit(launches: Launches, launch_id: str, task: Task | None, word: str = "Launch") -> Served:
+def admit(instances: InstanceFinder, launch_id: str, task: Task | None, word: str = "Launch") -> Served:
     """The launch that a call is for; any task will do where that is None. `word` is what its caller calls it.
 
     Raises:
         CallError: there is none, it is not ready, or its model does other work.
     """
-    served = launches.find(launch_id)
+    served = instances.find(launch_id)
     if served is None:
         raise CallError(grpc.StatusCode.NOT_FOUND, f"Unknown {word.lower()}_id: {launch_id}")
     if served.state != "ready":
@@ -91,21 +89,26 @@ def admit(launches: Launches, launch_id: str, task: Task | None, word: str = "La
     return served
 
 
-def bootstrap_failure(launches: Launches, launch_id: str, work: str, problem: RefusedError | LostError) -> CallError:
+def bootstrap_failure(
+    instances: InstanceFinder, launch_id: str, work: str, problem: RefusedError | LostError
+) -> CallError:
     """What the original's callers are told of a failed request; `work` is what failed, as `Generation`."""
     problem = _meant(problem)
-    if lost := _ended(launches, launch_id, problem, "Launch"):
+    if lost := _ended(instances, launch_id, problem, "Launch"):
         return lost
+    if isinstance(problem, NoConnectionError):
+        text = f"Launch {launch_id} does not answer: {problem}; try again, and if it goes on, its log may say why"
+        return CallError(grpc.StatusCode.UNAVAILABLE, text)
     if isinstance(problem, LostError):
         return CallError(grpc.StatusCode.FAILED_PRECONDITION, f"Launch {launch_id} subprocess crashed")
     code = grpc.StatusCode.UNAVAILABLE if problem.status == 503 else grpc.StatusCode.INTERNAL
     return CallError(code, f"{work} failed: Subprocess error: {shorten(str(problem))}")
 
 
-def failure(launches: Launches, instance_id: str, problem: RefusedError | LostError) -> CallError:
+def failure(instances: InstanceFinder, instance_id: str, problem: RefusedError | LostError) -> CallError:
     """What callers of our own service are told of a failed request."""
     problem = _meant(problem)
-    if lost := _ended(launches, instance_id, problem, "Instance"):
+    if lost := _ended(instances, instance_id, problem, "Instance"):
         return lost
     if isinstance(problem, LostError):
         text = f"Instance {instance_id} does not answer: {problem}; its log may say why"
@@ -120,11 +123,11 @@ def _meant(problem: RefusedError | LostError) -> RefusedError | LostError:
     return problem
 
 
-def _ended(launches: Launches, launch_id: str, problem: RefusedError | LostError, word: str) -> CallError | None:
+def _ended(instances: InstanceFinder, launch_id: str, problem: RefusedError | LostError, word: str) -> CallError | None:
     """The reason for a request's end where it is that the launch was stopped meanwhile."""
     if isinstance(problem, RefusedError) and problem.status != 503:
         return None
-    served = launches.find(launch_id)
+    served = instances.find(launch_id)
     return None if served is None or served.state in ("ready", "failed") else _not_ready(served, word)
 
 

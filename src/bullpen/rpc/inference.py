@@ -14,7 +14,7 @@ from bullpen.rpc import chats, completions, embeddings, relay
 from bullpen.rpc.access import Context
 from bullpen.rpc.failures import CallError, Reported, admit, failure
 from bullpen.rpc.methods import stream, unary
-from bullpen.rpc.ports import Launches, Served, Task
+from bullpen.rpc.ports import InstanceFinder, Served, Task
 from bullpen.rpc.sampling import completion_logprobs, completion_parameters
 from bullpen.rpc.upstream import Upstream
 
@@ -25,25 +25,26 @@ class Inference:
     """Answers the service's calls.
 
     Args:
-        launches: finds what a call is for.
+        instances: finds what a call is for.
         upstream: the connections to them.
     """
 
-    def __init__(self, launches: Launches, upstream: Upstream) -> None:
-        self._launches = launches
+    def __init__(self, instances: InstanceFinder, upstream: Upstream) -> None:
+        self._instances = instances
         self._upstream = upstream
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a gRPC server needs to serve it."""
+        turns = self._upstream.turns
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Complete": stream(self.complete, pb.CompleteRequest),
-                "StreamComplete": stream(self.stream_complete, pb.CompleteRequest),
-                "Chat": unary(self.chat, pb.ChatRequest),
-                "StreamChat": stream(self.stream_chat, pb.ChatRequest),
-                "Embed": stream(self.embed, pb.EmbedRequest),
-                "Relay": unary(self.relay, pb.RelayRequest),
+                "Complete": stream(self.complete, pb.CompleteRequest, turns),
+                "StreamComplete": stream(self.stream_complete, pb.CompleteRequest, turns),
+                "Chat": unary(self.chat, pb.ChatRequest, turns),
+                "StreamChat": stream(self.stream_chat, pb.ChatRequest, turns),
+                "Embed": stream(self.embed, pb.EmbedRequest, turns),
+                "Relay": unary(self.relay, pb.RelayRequest, turns),
             },
         )
 
@@ -52,7 +53,7 @@ class Inference:
         async with self._reported(context, request.instance_id):
             served = self._admit(request, "generate", "prompts", request.prompts)
             parameters = completion_parameters(request.sampling)
-            found = completions.finished(self._upstream, served, list(request.prompts), parameters)
+            found = completions.finished(self._upstream, served, request.prompts, parameters)
             async with aclosing(found) as pieces:
                 async for piece in pieces:
                     await context.write(pb.Completion(**_fields(piece)))
@@ -62,7 +63,7 @@ class Inference:
         async with self._reported(context, request.instance_id):
             served = self._admit(request, "generate", "prompts", request.prompts)
             parameters = completion_parameters(request.sampling)
-            found = completions.streamed(self._upstream, served, list(request.prompts), parameters)
+            found = completions.streamed(self._upstream, served, request.prompts, parameters)
             async with aclosing(found) as pieces:
                 async for piece in pieces:
                     await context.write(pb.CompletionDelta(**_fields(piece)))
@@ -87,16 +88,18 @@ class Inference:
         async with self._reported(context, request.instance_id):
             served = self._admit(request, "embed", "texts", request.texts)
             wanted = {"dimensions": request.dimensions} if request.HasField("dimensions") else {}
-            found = embeddings.embedded(self._upstream, served, list(request.texts), wanted, most=embeddings.TOGETHER)
+            found = embeddings.embedded(
+                self._upstream, served, request.texts, wanted, most=embeddings.TOGETHER_IN_STREAM
+            )
             async with aclosing(found) as vectors:
                 async for place, values in vectors:
                     await context.write(pb.Embedding(index=place, values=values))
 
     async def relay(self, request: pb.RelayRequest, context: Context) -> pb.RelayResponse:
         """The answer of the instance's own server."""
-        async with Reported(context, partial(relay.failure, self._launches, request.instance_id)):
+        async with Reported(context, partial(relay.failure, self._instances, request.instance_id)):
             relay.check(request)
-            served = admit(self._launches, request.instance_id, None, "Instance")
+            served = admit(self._instances, request.instance_id, None, "Instance")
             status, body = await self._upstream.relay(served, request.path, request.body)
         return pb.RelayResponse(status=status, body=body)
 
@@ -104,11 +107,11 @@ class Inference:
         """The instance that a call is for, with the name of the model in it that the call asks for."""
         if not inputs:
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, f"{name} must not be empty")
-        served = admit(self._launches, request.instance_id, task, "Instance")
+        served = admit(self._instances, request.instance_id, task, "Instance")
         return replace(served, served_model_name=request.model) if request.model else served
 
     def _reported(self, context: Context, instance_id: str) -> Reported:
-        return Reported(context, partial(failure, self._launches, instance_id))
+        return Reported(context, partial(failure, self._instances, instance_id))
 
 
 def _fields(piece: completions.Piece) -> dict[str, Any]:

@@ -29,8 +29,8 @@ class Served:
     api_key: str | None = field(default=None, repr=False)
 
 
-class Launches(Protocol):
-    """Finds launches."""
+class InstanceFinder(Protocol):
+    """Finds what calls are for."""
 
     def find(self, launch_id: str) -> Served | None:
         """The launch of this id, as it is now; None where there is none. Called for every request: keep it quick."""

@@ -9,7 +9,7 @@ import grpc
 from bullpen.proto import v1 as pb
 from bullpen.rpc import failures
 from bullpen.rpc.failures import CallError
-from bullpen.rpc.ports import Launches
+from bullpen.rpc.ports import InstanceFinder
 from bullpen.rpc.upstream import LostError, RefusedError
 
 PATHS = (
@@ -44,9 +44,9 @@ def check(request: pb.RelayRequest) -> None:
         raise CallError(grpc.StatusCode.INVALID_ARGUMENT, text)
 
 
-def failure(launches: Launches, instance_id: str, problem: RefusedError | LostError) -> CallError:
+def failure(instances: InstanceFinder, instance_id: str, problem: RefusedError | LostError) -> CallError:
     """What callers are told of a request that was not answered. One that its server ended with may be why."""
-    told = failures.failure(launches, instance_id, problem)
+    told = failures.failure(instances, instance_id, problem)
     if told.code is grpc.StatusCode.UNAVAILABLE and isinstance(problem, LostError) and problem.was_sent:
         return CallError(grpc.StatusCode.ABORTED, str(told))
     return told

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from bullpen.errors import StateError
 from bullpen.rpc import bootstrap, inference
 from bullpen.rpc.access import Access
-from bullpen.rpc.ports import Launches
+from bullpen.rpc.ports import InstanceFinder
 from bullpen.rpc.reflection import pool
 from bullpen.rpc.settings import RpcSettings
 from bullpen.rpc.upstream import Upstream
@@ -35,14 +35,14 @@ _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_l
 
 
 class RpcServer:
-    """Serves inference with the launches that `launches` finds; belongs to the event loop that starts it.
+    """Serves inference with the instances that `instances` finds; belongs to the event loop that starts it.
 
     Attributes:
         port: where it listens, once it is started.
     """
 
-    def __init__(self, launches: Launches, settings: RpcSettings) -> None:
-        self._launches = launches
+    def __init__(self, instances: InstanceFinder, settings: RpcSettings) -> None:
+        self._instances = instances
         self._settings = settings
         self._server: grpc.aio.Server | None = None
         self.port = 0
@@ -61,8 +61,8 @@ class RpcServer:
         )
         server.add_generic_rpc_handlers(
             (
-                bootstrap.Bootstrap(self._launches, self._upstream).handler(),
-                inference.Inference(self._launches, self._upstream).handler(),
+                bootstrap.Bootstrap(self._instances, self._upstream).handler(),
+                inference.Inference(self._instances, self._upstream).handler(),
             )
         )
         self._health = health.aio.HealthServicer()

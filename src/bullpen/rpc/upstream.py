@@ -9,14 +9,16 @@ from typing import Any
 
 from bullpen.core.instance import Address
 from bullpen.errors import BullpenError
-from bullpen.rpc.connections import Connection, Pool
+from bullpen.rpc.connections import CONNECT_SECONDS, Connection, Pool
 from bullpen.rpc.ports import Served
+from bullpen.rpc.turns import LARGE, Turns
 
 Json = dict[str, Any]
 
 MOST_CONNECTIONS = 512
 """To one instance; further requests wait for one of them, in their order. vLLM computes at most 1024 at a time."""
-
+EVENTS_TOGETHER = 64
+"""Of a stream, read in one step."""
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -45,14 +47,22 @@ class LostError(BullpenError):
         self.was_sent = was_sent
 
 
+class NoConnectionError(LostError):
+    """A server took no connection in time: it hangs, or has more to do than it can."""
+
+
 class Upstream:
     """The connections to all instances; belongs to one event loop.
 
     Args:
         most_connections: to one instance.
+
+    Attributes:
+        turns: those of whatever takes long in that loop.
     """
 
     def __init__(self, most_connections: int = MOST_CONNECTIONS) -> None:
+        self.turns = Turns()
         self._most = most_connections
         self._pools: dict[Address, Pool] = {}
 
@@ -63,13 +73,13 @@ class Upstream:
             RefusedError: the server answered with an error.
             LostError: it did not answer.
         """
-        with _Lost():
-            pool = self._pool(served)
-            answer = await pool.answered(_request(served, path, body))
-            try:
-                return _object(await (await _accepted(answer)).body())
-            finally:
-                pool.put_back(answer)
+        async with self._exchange(served, path, body) as answer:
+            status, content = answer.status, await answer.body()
+        if len(content) > LARGE:
+            await self.turns.take()
+        if status >= 400:
+            raise _refusal(status, content)
+        return _object(content)
 
     async def relay(self, served: Served, path: str, body: bytes) -> tuple[int, bytes]:
         """The status and the body of the answer to a request, whatever they are.
@@ -77,13 +87,8 @@ class Upstream:
         Raises:
             LostError: there is no answer.
         """
-        with _Lost():
-            pool = self._pool(served)
-            answer = await pool.answered(_request(served, path, body))
-            try:
-                return answer.status, await answer.body()
-            finally:
-                pool.put_back(answer)
+        async with self._exchange(served, path, body) as answer:
+            return answer.status, await answer.body()
 
     async def stream(self, served: Served, path: str, body: Json) -> AsyncGenerator[Json, None]:
         """The events of a streamed answer as they come.
@@ -93,21 +98,21 @@ class Upstream:
             LostError: it did not answer, or not to the end.
         """
         ended = False
-        with _Lost():
-            pool = self._pool(served)
-            answer = await pool.answered(_request(served, path, body))
-            try:
-                left = b""
-                # Read to the end of the answer, beyond the last event: only then can the connection be used again.
-                async for piece in (await _accepted(answer)).pieces():
-                    *lines, left = (left + piece).split(b"\n")
-                    for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
-                        if data == b"[DONE]":
-                            ended = True
-                        elif not ended:
-                            yield _event(data)
-            finally:
-                pool.put_back(answer)
+        async with self._exchange(served, path, body) as answer:
+            if answer.status >= 400:
+                raise _refusal(answer.status, await answer.body())
+            left = b""
+            # Read to the end of the answer, beyond the last event: only then can the connection be used again.
+            async for piece in answer.pieces():
+                *lines, left = (left + piece).split(b"\n")
+                events = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+                for place, data in enumerate(events, 1):
+                    if data == b"[DONE]":
+                        ended = True
+                    elif not ended:
+                        yield _event(data)
+                    if place % EVENTS_TOGETHER == 0:
+                        await self.turns.take()
         if not ended:
             raise LostError("the answer ended in the middle")
 
@@ -116,6 +121,9 @@ class Upstream:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+
+    def _exchange(self, served: Served, path: str, body: Json | bytes) -> _Exchange:
+        return _Exchange(self._pool(served), _request(served, path, body))
 
     def _pool(self, served: Served) -> Pool:
         address = served.address
@@ -129,27 +137,35 @@ class Upstream:
         return pool
 
 
-class _Lost:
-    """A context that says of what goes wrong on a connection that the server is lost."""
+class _Exchange:
+    """A context that sends a request, gives the connection on which its answer comes, and gives that back at the end.
 
-    def __enter__(self) -> None:
-        pass
+    What goes wrong on the connection is the loss of the server.
+    """
 
-    def __exit__(
+    def __init__(self, pool: Pool, request: bytes) -> None:
+        self._pool = pool
+        self._request = request
+
+    async def __aenter__(self) -> Connection:
+        try:
+            self._answer = await self._pool.answered(self._request)
+        except OSError as problem:
+            raise _loss(problem) from problem
+        return self._answer
+
+    async def __aexit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(problem, TimeoutError):
-            raise LostError("it does not take connections") from problem
+        self._pool.put_back(self._answer)
         if isinstance(problem, OSError):
-            was_sent = isinstance(problem, ConnectionResetError)
-            raise LostError(problem.strerror or str(problem), was_sent=was_sent) from problem
+            raise _loss(problem) from problem
 
 
-async def _accepted(answer: Connection) -> Connection:
-    """An answer that is no error."""
-    if answer.status >= 400:
-        raise _refusal(answer.status, await answer.body())
-    return answer
+def _loss(problem: OSError) -> LostError:
+    if isinstance(problem, TimeoutError):
+        return NoConnectionError(f"it took no connection within {CONNECT_SECONDS:g} s")
+    return LostError(problem.strerror or str(problem), was_sent=isinstance(problem, ConnectionResetError))
 
 
 def _request(served: Served, path: str, body: Json | bytes) -> bytes:

@@ -31,7 +31,7 @@ class Answer(ABC):
         }
 
     def whole(self, texts: Sequence[str], made: int, reason: str) -> Json:
-        """The answer in one: a text for each prompt, of `made` tokens each."""
+        """The answer in one: a text for each choice, of `made` tokens each."""
         return {
             **self._identity,
             "object": self.whole_kind,
@@ -45,7 +45,7 @@ class Answer(ABC):
         return []
 
     def piece(self, index: int, token: str, reason: str | None, made: int) -> Json:
-        """One token of a stream, the `made`th of its prompt; the last one comes with the reason why it is the last."""
+        """One token of a stream, the `made`th of its choice; the last one comes with the reason why it is the last."""
         return self._piece({**self._token(token), **_end(reason)}, index, made)
 
     def usage_piece(self, made: int) -> Json:
@@ -63,12 +63,14 @@ class Answer(ABC):
 
     def _piece(self, choice: Json, index: int, made: int) -> Json:
         content: Json = {**self._identity, "object": self.piece_kind, "choices": [{"index": index, **choice}]}
-        if self.request.continuous_usage:  # of this prompt alone, unlike what comes at the end
-            content["usage"] = _counts(self.request.prompts[index].tokens, made)
+        if self.request.continuous_usage:  # of this choice alone, unlike what comes at the end
+            prompt = self.request.prompts[index // self.request.choices]
+            content["usage"] = _counts(prompt.tokens, made)
         return content
 
     def _usage(self, made: int) -> Json:
-        return _counts(sum(prompt.tokens for prompt in self.request.prompts), made * len(self.request.prompts))
+        prompts = self.request.prompts
+        return _counts(sum(prompt.tokens for prompt in prompts), made * len(prompts) * self.request.choices)
 
 
 class CompletionAnswer(Answer):
@@ -93,7 +95,8 @@ class ChatAnswer(Answer):
 
     def opening(self) -> list[Json]:
         """The role comes before the first token."""
-        return [self._piece({"delta": {"role": "assistant", "content": ""}, **_end(None)}, 0, 0)]
+        role: Json = {"delta": {"role": "assistant", "content": ""}, **_end(None)}
+        return [self._piece(role, index, 0) for index in range(self.request.choices)]
 
     def _text(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None, "reasoning": None}}

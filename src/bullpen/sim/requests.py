@@ -1,12 +1,15 @@
 """What a request body must look like: JSON in, a checked request or an ApiError out."""
 
 import json
+import math
+import re
 from dataclasses import dataclass
 
 from bullpen.sim.words import tokens
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
+MAX_CHOICES = 16384
 
 Json = dict[str, object]
 
@@ -39,11 +42,13 @@ class Prompt:
 class GenerateRequest:
     """A request for a completion or a chat completion; `model` is None where the body names none.
 
-    A stream ends with the usage where `include_usage` says so, and has it in every piece with `continuous_usage`.
+    Each prompt is answered `choices` times: those of the first come first, then those of the second, and so on. A
+    stream ends with the usage where `include_usage` says so, and has it in every piece with `continuous_usage`.
     """
 
     model: str | None
     prompts: tuple[Prompt, ...]
+    choices: int
     max_tokens: int
     stream: bool
     include_usage: bool
@@ -130,16 +135,51 @@ def _generate_request(body: Json, prompts: tuple[Prompt, ...], limits: tuple[str
         raise _wrong("stream_options", "Input should be a valid dictionary")
     max_tokens = next((limit for name in limits if (limit := _integer(body, name)) is not None), DEFAULT_MAX_TOKENS)
     if max_tokens < 1:
-        raise ApiError(400, f"max_tokens must be at least 1, got {max_tokens}.", parameter="max_tokens")
+        raise _out_of_range("max_tokens", "must be at least 1", max_tokens)
+    _check_regex(body)
     include_usage = _flag(options or {}, "include_usage")
     return GenerateRequest(
         model=_text(body, "model"),
         prompts=prompts,
+        choices=_choices(body),
         max_tokens=max_tokens,
         stream=_flag(body, "stream"),
         include_usage=include_usage,
         continuous_usage=_flag(options or {}, "continuous_usage_stats") and include_usage,
     )
+
+
+def _choices(body: Json) -> int:
+    """How many answers each prompt gets, of a sampling that can be."""
+    temperature, top_p, choices = _number(body, "temperature"), _number(body, "top_p"), _integer(body, "n")
+    if temperature is not None and not math.isfinite(temperature):
+        raise _out_of_range("temperature", "must be a finite number", temperature)
+    if temperature is not None and temperature < 0:
+        raise _out_of_range("temperature", "must be non-negative", temperature)
+    if temperature is not None and temperature > 2:
+        raise _out_of_range("temperature", "must be in [0, 2]", temperature)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise _out_of_range("top_p", "must be in (0, 1]", top_p)
+    if choices is None:
+        return 1
+    if choices < 1:
+        raise ApiError(400, f"n must be at least 1, got {choices}.")
+    if choices > MAX_CHOICES:
+        advice = "To increase this limit, set the VLLM_MAX_N_SEQUENCES environment variable."
+        raise ApiError(400, f"n must be at most {MAX_CHOICES}, got {choices}. {advice}")
+    if temperature == 0 and choices > 1:
+        raise ApiError(400, f"n must be 1 when using greedy sampling, got {choices}.")
+    return choices
+
+
+def _check_regex(body: Json) -> None:
+    """Refuse a pattern for the answer that is none. Others change nothing: what is written is words all the same."""
+    wanted = body.get("structured_outputs")
+    pattern = _text(wanted, "regex") if isinstance(wanted, dict) else None
+    try:
+        re.compile(pattern or "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ApiError(400, f"Failed to transform regex into a grammar: {error}") from None
 
 
 def _prompts(value: object, name: str) -> tuple[Prompt, ...]:
@@ -197,6 +237,18 @@ def _integer(body: Json, name: str) -> int | None:
     raise _wrong(name, "Input should be a valid integer")
 
 
+def _number(body: Json, name: str) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    raise _wrong(name, "Input should be a valid number")
+
+
 def _text(body: Json, name: str) -> str | None:
     value = body.get(name)
     if value is None or isinstance(value, str):
@@ -209,6 +261,10 @@ def _flag(body: Json, name: str) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
     raise _wrong(name, "Input should be a valid boolean")
+
+
+def _out_of_range(name: str, rule: str, value: float) -> ApiError:
+    return ApiError(400, f"{name} {rule}, got {value}. (parameter={name}, value={value})", parameter=name)
 
 
 def _wrong(name: str, message: str) -> ApiError:

@@ -46,13 +46,13 @@ class Writer:
         with self._generation(request) as generation:
             made = await generation.advance(request.max_tokens)
             wrong = self._is_wrong()
-            texts = ["".join(islice(self._text(prompt.text, wrong), made)) for prompt in request.prompts]
+            texts = ["".join(islice(self._text(text, wrong), made)) for text in _choices(request)]
             return answer.whole(texts, made, generation.finish_reason or "abort")
 
     async def stream(self, answer: answers.Answer) -> AsyncGenerator[bytes, None]:
-        """Write server-sent events, one for each token of each prompt."""
+        """Write server-sent events, one for each token of each choice."""
         request = answer.request
-        pairs = [(self._text(prompt.text, False), self._text(prompt.text, True)) for prompt in request.prompts]
+        pairs = [(self._text(text, False), self._text(text, True)) for text in _choices(request)]
         try:
             with self._generation(request) as generation:
                 sent = 0
@@ -87,8 +87,17 @@ class Writer:
             try:
                 yield generation
             finally:
-                self._metrics.generation_tokens += generation.made * len(request.prompts)
+                self._metrics.generation_tokens += generation.made * len(request.prompts) * request.choices
                 self._metrics.finished("error" if self._scheduler.dead else generation.finish_reason or "abort")
+
+
+def _choices(request: GenerateRequest) -> list[str]:
+    """What each choice is an answer to; the first of a prompt is what it would be alone."""
+    return [
+        f"{prompt.text} {number}" if number else prompt.text
+        for prompt in request.prompts
+        for number in range(request.choices)
+    ]
 
 
 def _event(content: Json) -> bytes:

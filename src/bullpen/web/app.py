@@ -19,7 +19,7 @@ from bullpen.node.host_stats import HostStats
 from bullpen.node.launches import Launches
 from bullpen.node.settings import Settings
 from bullpen.node.supervisor import Supervisor
-from bullpen.web import access, errors, launches, sleep, swap, system, v1, v2
+from bullpen.web import access, body, errors, launches, sleep, swap, system, v1, v2
 
 logger = logging.getLogger("bullpen")
 
@@ -79,6 +79,7 @@ def create_app(
     for face in (system, v2, sleep, swap, launches, v1):
         app.include_router(face.router)
     errors.install(app)
+    app.add_middleware(body.BodyLimit)
     app.add_middleware(access.Access, key=settings.access_key, allow_unauthenticated=settings.allow_unauthenticated)
     return app
 

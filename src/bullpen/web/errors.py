@@ -11,15 +11,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, NotFoundError
+from bullpen.errors import BullpenError, ConflictError, InvalidRequestError, LaunchRefusedError, NotFoundError
 from bullpen.node.bus import RevisionGoneError
 from bullpen.web import models
 
-STATUS: Mapping[type[BullpenError], int] = {ConflictError: 409, NotFoundError: 404, RevisionGoneError: 410}
+STATUS: Mapping[type[BullpenError], int] = {
+    LaunchRefusedError: 400,
+    ConflictError: 409,
+    NotFoundError: 404,
+    RevisionGoneError: 410,
+}
 """An `InvalidRequestError` is 422, with its place; all others are 500: `LaunchError`, `EngineError`, `StuckError`, …"""
 
 MEANING = {
-    400: "the request cannot be read",
+    400: "the request cannot be read, or asks for what this host does not have",
     404: "there is no such instance",
     409: "id, port or GPU belongs to another instance, which is named; or it is busy, or cannot do that",
     410: "the events after that revision are not kept any more, or have not happened",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Annotated
 
@@ -10,13 +11,16 @@ from fastapi.responses import JSONResponse, Response
 
 from bullpen.core.book import Hold
 from bullpen.node.host_stats import HostStats
-from bullpen.node.launch_options import LaunchRefusedError
 from bullpen.node.launches import Launches, Wanted, timestamp
+from bullpen.node.logs import Piece
 from bullpen.web import launch_models as models
 from bullpen.web.errors import documented
 from bullpen.web.v2 import supervisor_of
 
 router = APIRouter(tags=["launches"])
+
+LARGE_PIECE = 64 * 1024
+"""Bytes of a log that take long enough to be made text that nobody else should wait for it."""
 
 
 def launches_of(request: Request) -> Launches:
@@ -38,10 +42,7 @@ async def launch(request: Request, body: models.LaunchRequest) -> Response:
     GPUs that others have, and what cannot be on this host, are refused. Options that vLLM refuses make the launch fail.
     """
     launches = launches_of(request)
-    try:
-        instance = await launches.launch(Wanted(**dict(body)))
-    except LaunchRefusedError as problem:
-        return JSONResponse({"detail": str(problem)}, 400)
+    instance = await launches.launch(Wanted(**dict(body)))
     return JSONResponse(launches.describe(instance, time.time()), 201)
 
 
@@ -70,6 +71,13 @@ async def logs(
     """A piece of a launch's log, 1 MiB at most, or less where the daemon was told so; `next_offset` is where to go on,
     once there is more."""
     piece = launches_of(request).read_log(launch_id, offset)
+    if len(piece.data) < LARGE_PIECE:
+        return log_reply(launch_id, piece)
+    return await asyncio.to_thread(log_reply, launch_id, piece)
+
+
+def log_reply(launch_id: str, piece: Piece) -> Response:
+    """A piece of a log as text."""
     document = {"offset": piece.offset, "next_offset": piece.next_offset, "content": piece.content}
     return JSONResponse({"launch_id": launch_id, **document})
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import psutil
 
 from bullpen.cli.checks import GIB, Finding, Level, ok, problem, warning
@@ -124,7 +125,7 @@ def is_bullpen(host: str, port: int) -> bool:
     try:
         with BullpenClient(f"http://{place}:{port}", timeout=ANSWER_SECONDS) as client:
             return client.health().get("status") == "OK"
-    except ClientError:
+    except (ClientError, httpx.InvalidURL, UnicodeError):  # the latter two: it is no host's name
         return False
 
 
