@@ -303,6 +303,34 @@ async def test_output_of_another_job_is_left_alone(tmp_path: Path) -> None:
         await run_batch(tmp_path / "missing", tmp_path / "out", base_url="http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+async def test_results_of_requests_that_have_changed_are_not_taken(
+    simulator: Simulator, tmp_path: Path, name: str
+) -> None:
+    source, output = write(tmp_path / "in", [job(number) for number in range(3)]), tmp_path / "out"
+    await run_batch(source, output, base_url=simulator.url)
+    if name != "out":
+        output.rename(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    changed = job(1)
+    changed["body"]["prompt"] = "another text"
+    write(source, [job(0), changed, job(2)])
+    with pytest.raises(InvalidRequestError, match=f"{name} has the result of another request that was called 'id-1' too"):
+        await run_batch(source, output, base_url=simulator.url)
+    assert (tmp_path / name).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("out*")) == [name]
+
+
+async def test_failed_results_that_were_removed_are_done_again(simulator: Simulator, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in", [job(number) for number in range(3)]), tmp_path / "out"
+    await run_batch(source, output, base_url=simulator.url)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[2])
+    report = await run_batch(source, output, base_url=simulator.url)
+    assert (report.total, report.resumed) == (3, 2)
+    assert ids(output) == ["id-0", "id-1", "id-2"]
+
+
 async def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
     source = write(tmp_path / "in", [job(0)])
     with (tmp_path / "out.partial").open("w") as other:

@@ -8,9 +8,9 @@ file goes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-import uuid
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,6 +185,8 @@ class Results:
                 raise InvalidRequest(f"{output} is no file for results; name another one", field="output")
             self._descriptor = self._open()
         try:
+            self._check(self._partial)
+            self._check(self._output)
             self._read_partial()
             self._is_finished = self._read_output()
         except BaseException:
@@ -203,6 +205,19 @@ class Results:
             if os.fstat(descriptor).st_nlink:
                 return descriptor
             os.close(descriptor)  # another job has just finished
+
+    def _check(self, path: Path) -> None:
+        """Refuse results of requests that have changed since, before anything is taken over."""
+        ids = {place: read_result(line).get("id") for place, line, _ in self._read(path)} if path.exists() else {}
+        if not ids:
+            return
+        for place, request in enumerate(read_requests(self._source)):
+            if place in ids and ids[place] != result_id(request):
+                raise InvalidRequest(
+                    f"{path} has the result of another request that was called {request.custom_id!r} too;"
+                    f" name another file for the results of {self._source}, or remove that one",
+                    field="output",
+                )
 
     def _read_partial(self) -> None:
         for place, line, is_good in self._read(self._partial):
@@ -373,9 +388,14 @@ def failed(request: Request, code: str, message: str) -> Result:
 
 def new_result(request: Request, response: Mapping[str, Any] | None, error: Mapping[str, Any] | None) -> Result:
     """A result as the format has it."""
-    number = f"batch_req_{uuid.uuid4().hex}"
-    document = {"id": number, "custom_id": request.custom_id, "response": response, "error": error}
+    document = {"id": result_id(request), "custom_id": request.custom_id, "response": response, "error": error}
     return Result(json.dumps(document).encode() + b"\n", is_success(document))
+
+
+def result_id(request: Request) -> str:
+    """The id of a request's result. It tells what was asked, so that no result is taken for another request's."""
+    asked = json.dumps([request.custom_id, request.url, request.body], sort_keys=True, separators=(",", ":"))
+    return f"batch_req_{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
 
 
 def is_success(result: Mapping[str, Any]) -> bool:
