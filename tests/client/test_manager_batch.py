@@ -315,7 +315,8 @@ async def test_results_of_requests_that_have_changed_are_not_taken(
     changed = job(1)
     changed["body"]["prompt"] = "another text"
     write(source, [job(0), changed, job(2)])
-    with pytest.raises(InvalidRequestError, match=f"{name} has the result of another request that was called 'id-1' too"):
+    told = f"{name} has the result of another request that was called 'id-1' too"
+    with pytest.raises(InvalidRequestError, match=told):
         await run_batch(source, output, base_url=simulator.url)
     assert (tmp_path / name).read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("out*")) == [name]

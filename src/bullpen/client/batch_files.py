@@ -315,7 +315,8 @@ class Results:
 
     def close(self) -> None:
         """Let others have the files; one without results goes."""
-        if not self._size and os.fstat(self._descriptor).st_nlink:
+        status = os.fstat(self._descriptor)
+        if status.st_nlink and not status.st_size:
             self._partial.unlink(missing_ok=True)
         os.close(self._descriptor)
 
