@@ -1,7 +1,7 @@
 # Every target does its own set-up in .venv (scripts/setup.sh); where that is done already it costs nothing.
 #   make PYTHON=python3.12 …   another interpreter          make ENGINE=cpu …   another engine than the one that fits
 #   make test ARGS='-k wake'   arguments for what is run
-#   make build-launcher CONTAINER_IMG_REG=quay.io/me   images; images/image.sh has the other variables
+#   make build-launcher CONTAINER_IMG_REG=registry.example/me   images; images/image.sh has the other variables
 
 SHELL := bash
 .DEFAULT_GOAL := help

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds or pushes one of the images: `images/image.sh build|push launcher|endpoint|client`.
 #
-#   CONTAINER_IMG_REG=quay.io/me   the registry and namespace that images are named after
+#   CONTAINER_IMG_REG=registry.example/me   the registry and namespace that images are named after
 #   IMAGE_TAG=…                    their tag (default: the commit, or the version without git)
 #   ENGINE=cpu                     the daemon's images for a CPU (default: cuda); their tags end in -cpu
 #   BASE_IMAGE=…                   another base
@@ -32,7 +32,7 @@ case $name in
 esac
 registry=${CONTAINER_IMG_REG:-}
 [[ -n $registry ]] ||
-    fail "CONTAINER_IMG_REG is not set. Name your registry, as in: make $action-$name CONTAINER_IMG_REG=quay.io/me"
+    fail "CONTAINER_IMG_REG is not set. Name your registry, as in: make $action-$name CONTAINER_IMG_REG=registry.example/me"
 engine=${ENGINE:-cuda}
 [[ $engine == cuda || $engine == cpu ]] || fail "ENGINE is '$engine'; it can be cuda or cpu."
 

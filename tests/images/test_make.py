@@ -28,7 +28,7 @@ def make(target: str, *settings: str, **environment: str) -> subprocess.Complete
 
 
 def dry(target: str, *settings: str) -> list[str]:
-    shown = make(target, "CONTAINER_IMG_REG=quay.io/me", "IMAGE_TAG=v1", "DRY_RUN=1", *settings)
+    shown = make(target, "CONTAINER_IMG_REG=registry.example/me", "IMAGE_TAG=v1", "DRY_RUN=1", *settings)
     assert shown.returncode == 0, shown.stderr
     return shown.stdout.splitlines()
 
@@ -52,12 +52,12 @@ def fake(folder: Path, name: str) -> None:
 def test_the_launcher_is_built_and_pushed() -> None:
     [build] = dry("build-launcher")
     assert re.fullmatch(
-        r"docker build --tag quay.io/me/launcher:v1 --build-arg VERSION=\S+ --build-arg REVISION=\S+"
+        r"docker build --tag registry.example/me/launcher:v1 --build-arg VERSION=\S+ --build-arg REVISION=\S+"
         r" --target launcher --build-arg ENGINE=cuda \.",
         build,
     )
     [push] = dry("push-launcher")
-    assert push == "docker push quay.io/me/launcher:v1"
+    assert push == "docker push registry.example/me/launcher:v1"
     assert dry("build-and-push-launcher") == [build, push]
 
 
@@ -65,13 +65,13 @@ def test_the_launcher_is_built_and_pushed() -> None:
     ("target", "settings", "part"),
     [
         ("build-endpoint", [], " --target endpoint "),
-        ("build-endpoint", ["ENGINE=cpu"], " --tag quay.io/me/vllm-bootstrap:v1-cpu "),
+        ("build-endpoint", ["ENGINE=cpu"], " --tag registry.example/me/vllm-bootstrap:v1-cpu "),
         ("build-endpoint", ["ENGINE=cpu", "BASE_IMAGE=debian:12"], " --build-arg CPU_BASE_IMAGE=debian:12 "),
         ("build-launcher", ["BASE_IMAGE=a/b:1"], " --build-arg BASE_IMAGE=a/b:1 "),
-        ("push-endpoint", [], " push quay.io/me/vllm-bootstrap:v1"),
+        ("push-endpoint", [], " push registry.example/me/vllm-bootstrap:v1"),
         ("build-client", [], " --file images/client.Dockerfile "),
-        ("build-client", ["ENGINE=cpu"], " --tag quay.io/me/bullpen-client:v1 "),
-        ("push-client", [], " push quay.io/me/bullpen-client:v1"),
+        ("build-client", ["ENGINE=cpu"], " --tag registry.example/me/bullpen-client:v1 "),
+        ("push-client", [], " push registry.example/me/bullpen-client:v1"),
         ("build-launcher", ["CONTAINER_ENGINE=podman"], " --format docker "),
     ],
 )
