@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 
 from bench import servers
-from bench.callers import Done, Job
 from bench.common import BenchError, Goal, Options, Progress, Result, Table, median, number
-from bench.lock_step import METHOD as COMPLETE
+from bench.load import Client, Done, Job
 from bench.lock_step import Job as LockStepJob
 from bench.lock_step import Round
-from bullpen.proto import bootstrap as pb
 
 TITLE = "gRPC"
 METHOD = """\
 - **Throughput**: {callers} callers ask for completions, each again as soon as it is answered: straight from a simulated
-  engine's HTTP port, and by the gRPC method `Complete` through the daemon that runs the engine. Both in turn, in
-  rounds of {seconds} s each, the other one first in every second round; the ratio is that of each round. The engine
-  writes {rate} tokens a second in each completion, so that short ones ask the most of everything around it. The
-  callers are one process, which makes each request once and looks for the end of answers only, so that both ways cost
-  it about the same (`bench/callers.py`); its processor time is in the table. Callers, daemon and engine share the
-  machine's cores.
+  engine's HTTP port, and by the gRPC method `Complete` through the daemon that runs the engine. All ways in turn, in
+  {rounds} round(s) of {seconds} s for each, every second round in the opposite order; ratios are each round's. The
+  engine writes {rate} tokens a second in each completion, so that short ones ask the most of everything around it. The
+  callers of one way are one process, and share the machine's cores with daemon and engine.
+    - *Minimal callers* (`bench/minimal_callers.py`) are no client that anybody would use. They make each request once,
+      send its bytes and look for the end of answers only, which costs about the same by gRPC and by HTTP. Their ratio
+      shows what the servers can do: what the daemon takes away between a caller and the engine.
+    - *grpc.aio, aiohttp and httpx* (`bench/python_callers.py`) are what a Python program uses, on asyncio's own loop:
+      each request is made, each answer is read; all callers share one channel or one session as it comes. Their ratio
+      shows what a Python program gets. It compares the clients as much as the servers: a high ratio to a slow HTTP
+      client is no merit of the servers.
+    - The table of processor times says what limits each way. Where *cores in use* comes near the number of cores, the
+      machine has no more to give, and whatever computes least on a call in all wins; where a client alone takes most
+      of a call's time, it is the client that is measured. Where neither is so, callers wait for the engine's tokens.
 - **Lock-step**: {together} callers of `Complete` with real vLLM on the CPU, all on one channel, each asking
   for {lock_step_tokens} tokens again and again; in turn with the same calls under one lock, which is a launch that
   answers one request at a time."""
@@ -37,7 +43,12 @@ LENGTHS = (16, 32, 64, 128)
 """In tokens. 16 is what a request gets that does not say."""
 RATE = 1000
 SHARE_LIMIT = 0.8
-PROMPT = "In a bullpen the next pitcher is"
+PAIRS = (
+    (Client.MINIMAL_GRPC, Client.MINIMAL_HTTP),
+    (Client.GRPC_AIO, Client.AIOHTTP),
+    (Client.GRPC_AIO, Client.HTTPX),
+)
+"""Callers through gRPC, and those straight to the engine that they are compared with."""
 
 TOGETHER = 8
 LOCK_STEP_TOKENS = 64
@@ -46,12 +57,17 @@ LOCK_STEP_LIMIT = 5.0
 
 def run(options: Options, progress: Progress) -> Result:
     """Measure."""
-    rounds, seconds, lock_step = (2, 1.0, (2, 2)) if options.quick else (8, 2.0, (5, 4))
+    rounds, seconds, lock_step = (1, 0.6, (2, 4)) if options.quick else (5, 1.0, (7, 4))
     progress.expect(3 + rounds)
     result = Result(
         TITLE,
         METHOD.format(
-            callers=CALLERS, seconds=f"{seconds:g}", rate=RATE, together=TOGETHER, lock_step_tokens=LOCK_STEP_TOKENS
+            callers=CALLERS,
+            rounds=rounds,
+            seconds=f"{seconds:g}",
+            rate=RATE,
+            together=TOGETHER,
+            lock_step_tokens=LOCK_STEP_TOKENS,
         ),
     )
     measure_throughput(options, progress, rounds, seconds, LENGTHS, result)
@@ -72,19 +88,22 @@ class Part:
     daemon: float
     engine: float
 
+    @property
+    def cores(self) -> float:
+        """How many cores they keep busy, all together."""
+        return self.rate * (self.callers + self.daemon + self.engine)
+
 
 @dataclass(frozen=True)
-class Pair:
-    """Both ways in one round, with completions of so many tokens."""
+class Turn:
+    """All ways in one round, with completions of so many tokens."""
 
     tokens: int
-    straight: Part
-    through: Part
+    parts: dict[Client, Part]
 
-    @property
-    def share(self) -> float:
+    def share(self, through: Client, straight: Client) -> float:
         """What is left through gRPC."""
-        return self.through.rate / self.straight.rate
+        return self.parts[through].rate / self.parts[straight].rate
 
 
 class Field:
@@ -98,29 +117,16 @@ class Field:
         self._daemon = psutil.Process(daemon.pid)
         self._engine = servers.tree(document["pid"])
 
-    def straight(self, tokens: int, seconds: float) -> Part:
-        """Ask the engine itself."""
-        body = json.dumps({"model": "m", "prompt": [PROMPT], "max_tokens": tokens}).encode()
-        part, answer = self._measure("http", self.http_port, "/v1/completions", body, seconds)
-        check(tokens, json.loads(answer)["usage"]["completion_tokens"])
-        return part
-
-    def through(self, tokens: int, seconds: float) -> Part:
-        """Ask through the daemon."""
-        request = pb.CompleteRequest(launch_id=self.instance_id, prompts=[PROMPT], max_tokens=tokens)
-        part, answer = self._measure("grpc", self.grpc_port, COMPLETE, request.SerializeToString(), seconds)
-        check(tokens, pb.CompleteResponse.FromString(answer).completions[0].completion_tokens)
-        return part
-
-    def _measure(self, protocol: str, port: int, path: str, request: bytes, seconds: float) -> tuple[Part, bytes]:
-        """Let the callers call; how it went, and the first answer."""
-        job = Job(protocol, port, path, base64.b64encode(request).decode(), CALLERS, seconds)
+    def measure(self, client: Client, tokens: int, seconds: float) -> Part:
+        """Let callers call in one way."""
+        port, name = (self.grpc_port, self.instance_id) if client.through else (self.http_port, "m")
+        job = Job(client, port, name, tokens, CALLERS, seconds)
         daemon, engine = computed(self._daemon), sum(map(computed, self._engine))
         done = Done(**ask("bench.callers", asdict(job), seconds))
         daemon, engine = computed(self._daemon) - daemon, sum(map(computed, self._engine)) - engine
+        check(tokens, done.tokens)
         every = done.warming + done.calls
-        part = Part(done.calls / done.seconds, done.cpu_seconds / done.calls, daemon / every, engine / every)
-        return part, base64.b64decode(done.first)
+        return Part(done.calls / done.seconds, done.cpu_seconds / done.calls, daemon / every, engine / every)
 
 
 def ask(module: str, job: dict[str, Any], seconds: float) -> Any:
@@ -161,9 +167,9 @@ def check(wanted: int, found: int) -> None:
 def measure_throughput(
     options: Options, progress: Progress, rounds: int, seconds: float, lengths: tuple[int, ...], result: Result
 ) -> None:
-    """Both ways in turn, at each length."""
+    """All ways in turn, at each length."""
     variables = {"BULLPEN_SIM_TOKENS_PER_SECOND": str(RATE)}
-    pairs = []
+    turns = []
     progress.step("a daemon with a simulated engine")
     with servers.Daemon(options, "sim", variables=variables) as daemon:
         daemon.wait_warm()
@@ -171,62 +177,92 @@ def measure_throughput(
         field = Field(daemon)
         for turn in range(rounds):
             progress.step(f"throughput, round {turn + 1} of {rounds}")
+            clients = list(Client)[:: -1 if turn % 2 else 1]
             for tokens in lengths:
-                if turn % 2:
-                    through = field.through(tokens, seconds)
-                    pairs.append(Pair(tokens, field.straight(tokens, seconds), through))
-                else:
-                    straight = field.straight(tokens, seconds)
-                    pairs.append(Pair(tokens, straight, field.through(tokens, seconds)))
-    report_throughput(pairs, result)
+                turns.append(Turn(tokens, {client: field.measure(client, tokens, seconds) for client in clients}))
+    report_throughput(turns, result)
 
 
-def report_throughput(pairs: list[Pair], result: Result) -> None:
+def report_throughput(turns: list[Turn], result: Result) -> None:
     """The tables, and what was to be reached."""
-    by_length = {
-        tokens: [pair for pair in pairs if pair.tokens == tokens]
-        for tokens in sorted({pair.tokens for pair in pairs})
-    }  # fmt: skip
-    shares = {tokens: [pair.share for pair in group] for tokens, group in by_length.items()}
-    rows = [
-        [
-            str(tokens),
-            str(len(group)),
-            number(median([pair.straight.rate for pair in group])),
-            number(median([pair.through.rate for pair in group])),
-            figures(shares[tokens]),
+    by_length = {tokens: [turn for turn in turns if turn.tokens == tokens] for tokens in lengths_of(turns)}
+    rows = []
+    for through, straight in PAIRS:
+        shares = {tokens: [turn.share(through, straight) for turn in group] for tokens, group in by_length.items()}
+        rows += [
+            [
+                f"{through}, {straight}",
+                str(tokens),
+                str(len(group)),
+                rate(group, straight),
+                rate(group, through),
+                figures(shares[tokens]),
+                "yes" if median(shares[tokens]) >= SHARE_LIMIT else "**no**",
+            ]
+            for tokens, group in by_length.items()
         ]
-        for tokens, group in by_length.items()
+        result.goals.append(share_goal(through, straight, {tokens: median(found) for tokens, found in shares.items()}))
+    columns = [
+        "callers through gRPC, straight",
+        "tokens",
+        "rounds",
+        "calls a second, straight",
+        "through gRPC",
+        "ratio (min to max)",
+        f"≥ {SHARE_LIMIT}",
     ]
-    columns = ["tokens", "rounds", "calls a second, straight", "through gRPC", "ratio (min to max)"]
     result.tables.append(Table(f"Throughput of {CALLERS} callers", columns, rows))
-    cost = [
-        [f"{tokens}: {way}", *(microseconds([getattr(part, process) for part in parts]) for process in PROCESSES)]
-        for tokens, group in by_length.items()
-        for way, parts in (
-            ("straight", [pair.straight for pair in group]),
-            ("through gRPC", [pair.through for pair in group]),
-        )
-    ]
-    result.tables.append(Table("Processor time of a call", ["tokens, way", *PROCESSES], cost))
-    worst = min(shares, key=lambda tokens: median(shares[tokens]))
-    share = median(shares[worst])
-    what = f"Calls through gRPC, as a part of those straight to the engine, at worst ({worst} tokens)"
-    result.goals.append(Goal(what, f"≥ {SHARE_LIMIT}", f"{share:.2f}", share >= SHARE_LIMIT))
-    result.data["throughput"] = [asdict(pair) for pair in pairs]
+    result.tables.append(cost_table(by_length))
+    result.data["throughput"] = [asdict(turn) for turn in turns]
+
+
+def share_goal(through: Client, straight: Client, shares: dict[int, float]) -> Goal:
+    """What was to be reached at every length by a pair of callers; and at which it was, where that is not all."""
+    worst = min(shares, key=lambda tokens: shares[tokens])
+    enough = [str(tokens) for tokens, share in shares.items() if share >= SHARE_LIMIT]
+    measured = f"{shares[worst]:.2f}"
+    if len(enough) < len(shares):
+        measured += f"; reached at {', '.join(enough)} tokens" if enough else "; reached at no length"
+    what = f"Calls by {through} through the daemon, to {straight} straight to the engine, at worst ({worst} tokens)"
+    return Goal(what, f"≥ {SHARE_LIMIT}", measured, shares[worst] >= SHARE_LIMIT)
+
+
+def cost_table(by_length: dict[int, list[Turn]]) -> Table:
+    """What a call costs each process, and where the callers' own cost is the largest part of it."""
+    rows, dearest = [], []
+    for tokens, group in by_length.items():
+        for client in Client:
+            parts = [turn.parts[client] for turn in group]
+            costs = [median([getattr(part, process) for part in parts]) for process in PROCESSES]
+            cores = median([part.cores for part in parts])
+            rows.append([f"{tokens}: {client}", *map(microseconds, costs), f"{cores:.1f}"])
+            if costs[0] > sum(costs[1:]):
+                dearest.append(f"{client} at {tokens} tokens")
+    note = f"Callers compute longer on a call than daemon and engine together: {', '.join(dearest) or 'none'}."
+    return Table("Processor time of a call", ["tokens: callers by", *PROCESSES, "cores in use"], rows, note)
 
 
 PROCESSES = ("callers", "daemon", "engine")
 
 
-def figures(values: list[float]) -> str:
+def lengths_of(turns: list[Turn]) -> list[int]:
+    """The lengths that were measured, in tokens."""
+    return sorted({turn.tokens for turn in turns})
+
+
+def rate(turns: list[Turn], client: Client) -> str:
+    """The median of calls a second."""
+    return number(median([turn.parts[client].rate for turn in turns]))
+
+
+def figures(values: Sequence[float]) -> str:
     """Median, smallest and largest of ratios."""
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def microseconds(seconds: list[float]) -> str:
-    """The median, in microseconds."""
-    return f"{median(seconds) * 1e6:.0f} µs"
+def microseconds(seconds: float) -> str:
+    """A time in microseconds."""
+    return f"{seconds * 1e6:.0f} µs"
 
 
 # -- lock-step ---------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 
 import grpc.aio
 
+from bench.load import COMPLETE
 from bullpen.proto import bootstrap as pb
 
-METHOD = "/vllm_bootstrap.InferenceService/Complete"
 PROMPT = "Pitcher {number} in the bullpen is"
 
 
@@ -49,7 +49,7 @@ class Callers:
     def __init__(self, channel: grpc.aio.Channel, job: Job) -> None:
         self._job = job
         self._complete = channel.unary_unary(
-            METHOD,
+            COMPLETE,
             request_serializer=pb.CompleteRequest.SerializeToString,
             response_deserializer=pb.CompleteResponse.FromString,
         )

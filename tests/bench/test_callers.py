@@ -1,8 +1,9 @@
-"""The callers of ``grpc``: what they make of answers that are whole, in pieces, or no success."""
+"""The callers of ``grpc``: what they make of answers that are whole, in pieces, or no success; and each real client."""
 
 from __future__ import annotations
 
-import base64
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +12,11 @@ import grpc
 import grpc.aio
 import pytest
 
-from bench.callers import DATA, END_STREAM, HEADERS, GrpcCallers, Job, Tally, frame, header_block, http_answer, run
+from bench.callers import run
+from bench.load import COMPLETIONS, Client, Job, Tally
+from bench.minimal_callers import DATA, END_STREAM, HEADERS, GrpcCallers, GrpcCalls, frame, http_answer
+from bullpen.proto import bootstrap as pb
+from tests.node.http_server import saying, serving
 
 HEAD = b"HTTP/1.1 200 OK\r\nServer: x\r\nContent-Length: 4\r\n\r\n"
 PATH = "/a.Service/Method"
@@ -40,11 +45,15 @@ class Wire:
         self.written += data
 
 
-async def called(number: int) -> tuple[Tally, Wire, Any]:
-    tally, wire = Tally(), Wire()
-    connection: Any = GrpcCallers(tally, PATH, b"request", number)
+def completion(tokens: int) -> bytes:
+    return pb.CompleteResponse(completions=[pb.Completion(text="x", completion_tokens=tokens)]).SerializeToString()
+
+
+async def called(number: int) -> tuple[Tally, asyncio.Future[None], Wire, Any]:
+    tally, wire, failed = Tally(), Wire(), asyncio.get_running_loop().create_future()
+    connection: Any = GrpcCallers(tally, failed, GrpcCalls(PATH, b"request"), number)
     connection.connection_made(wire)
-    return tally, wire, connection
+    return tally, failed, wire, connection
 
 
 def answer(stream: int, text: bytes) -> bytes:
@@ -53,25 +62,25 @@ def answer(stream: int, text: bytes) -> bytes:
 
 
 async def test_each_answered_call_is_followed_by_one_on_a_new_stream() -> None:
-    tally, wire, connection = await called(2)
+    tally, _, wire, connection = await called(2)
     assert wire.written.count(b"request") == 2
-    for byte in answer(3, b"second") + answer(1, b"first"):
+    for byte in answer(3, completion(7)) + answer(1, completion(8)):
         connection.data_received(bytes([byte]))
-    assert (tally.calls, tally.first) == (2, b"second")
+    assert (tally.calls, tally.tokens) == (2, 7)
     assert wire.written.count(b"request") == 4
-    assert frame(HEADERS, 4, 7, header_block(PATH)) in wire.written
+    assert wire.written.endswith(GrpcCalls(PATH, b"request").call(7))
 
 
 async def test_a_call_that_ends_without_a_message_ends_the_run() -> None:
-    tally, wire, connection = await called(1)
+    _, failed, wire, connection = await called(1)
     connection.data_received(frame(HEADERS, 4 | END_STREAM, 1, b"status 5"))
     with pytest.raises(RuntimeError, match="refused"):
-        await tally.ended
+        await failed
     assert wire.written.count(b"request") == 1
 
 
 async def test_a_ping_is_answered_and_an_answer_to_one_is_not() -> None:
-    _, wire, connection = await called(1)
+    _, _, wire, connection = await called(1)
     before = len(wire.written)
     connection.data_received(frame(6, 0, 0, b"12345678") + frame(6, 1, 0, b"87654321"))
     assert wire.written[before:] == frame(6, 1, 0, b"12345678")
@@ -79,16 +88,18 @@ async def test_a_ping_is_answered_and_an_answer_to_one_is_not() -> None:
 
 @asynccontextmanager
 async def grpc_server(status: grpc.StatusCode | None = None) -> AsyncIterator[int]:
-    """A true gRPC server that says what it is asked, or ends every call with a status."""
+    """A true gRPC server that completes, or ends every call with a status."""
 
     async def method(request: bytes, context: Any) -> bytes:
         if status is not None:
             await context.abort(status, "no")
-        return b"heard " + request
+        asked = pb.CompleteRequest.FromString(request)
+        return completion(asked.max_tokens if asked.launch_id == "one" else -1)
 
     server = grpc.aio.server()
-    handlers: dict[str, Any] = {"Method": grpc.unary_unary_rpc_method_handler(method)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.Service", handlers),))
+    handlers: dict[str, Any] = {"Complete": grpc.unary_unary_rpc_method_handler(method)}
+    service = "vllm_bootstrap.InferenceService"
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -97,19 +108,34 @@ async def grpc_server(status: grpc.StatusCode | None = None) -> AsyncIterator[in
         await server.stop(0)
 
 
-def job(port: int) -> Job:
-    return Job("grpc", port, PATH, base64.b64encode(b"this").decode(), callers=8, seconds=0.2)
+def job(client: Client, port: int) -> Job:
+    return Job(client, port, "one", tokens=9, callers=8, seconds=0.2)
 
 
-async def test_a_true_server_understands_them() -> None:
+@pytest.mark.parametrize("client", [Client.MINIMAL_GRPC, Client.GRPC_AIO])
+async def test_a_true_server_understands_them(client: Client) -> None:
     async with grpc_server() as port:
-        done = await run(job(port))
-    assert base64.b64decode(done.first) == b"heard this"
+        done = await run(job(client, port))
+    assert done.tokens == 9
     assert done.warming >= 8
     assert done.calls > 8
 
 
-async def test_a_true_refusal_ends_the_run() -> None:
+@pytest.mark.parametrize("client", [Client.MINIMAL_GRPC, Client.GRPC_AIO])
+async def test_a_true_refusal_ends_the_run(client: Client) -> None:
     async with grpc_server(grpc.StatusCode.NOT_FOUND) as port:
-        with pytest.raises(RuntimeError, match="refused"):
-            await run(job(port))
+        with pytest.raises((RuntimeError, ExceptionGroup)):
+            await run(job(client, port))
+
+
+@pytest.mark.parametrize("client", [Client.AIOHTTP, Client.HTTPX])
+async def test_clients_of_http_ask_for_a_completion(client: Client) -> None:
+    seen: list[bytes] = []
+    body = json.dumps({"usage": {"completion_tokens": 9}}).encode()
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: "
+    async with serving(saying(head + str(len(body)).encode() + b"\r\n\r\n" + body, into=seen)) as address:
+        done = await run(job(client, address.port or 0))
+    assert done.tokens == 9
+    assert done.calls > 0
+    assert seen[0].startswith(f"POST {COMPLETIONS} HTTP/1.1".encode())
+    assert json.loads(seen[0].partition(b"\r\n\r\n")[2])["max_tokens"] == 9

@@ -6,19 +6,20 @@ import pytest
 
 from bench import inference
 from bench.common import BenchError, Options, Result
+from bench.load import Client
 from bench.lock_step import Round
 from tests.bench.conftest import Silent
 
 
-def test_both_ways_are_measured_in_turn(options: Options, progress: Silent) -> None:
+def test_all_ways_are_measured_in_turn(options: Options, progress: Silent) -> None:
     result = Result("", "")
     inference.measure_throughput(options, progress, 2, 0.2, (4,), result)
     measured = result.data["throughput"]
     assert [one["tokens"] for one in measured] == [4, 4]
     for one in measured:
-        assert one["straight"]["rate"] > 0
-        assert one["through"]["rate"] > 0
-        assert one["through"]["daemon"] > one["straight"]["daemon"] >= 0
+        assert set(one["parts"]) == set(Client)
+        assert all(part["rate"] > 0 for part in one["parts"].values())
+        assert one["parts"]["grpc.aio"]["daemon"] > one["parts"]["aiohttp"]["daemon"] >= 0
 
 
 def test_calls_at_the_same_time_are_measured_beside_lock_step(options: Options, progress: Silent) -> None:
@@ -33,22 +34,28 @@ def part(rate: float) -> inference.Part:
     return inference.Part(rate, 20e-6, 300e-6, 150e-6)
 
 
-def pairs(tokens: int, *shares: float) -> list[inference.Pair]:
-    return [inference.Pair(tokens, part(1000), part(1000 * share)) for share in shares]
+def turns(tokens: int, *shares: float) -> list[inference.Turn]:
+    """Rounds in which so much is left through gRPC, whoever calls."""
+    return [
+        inference.Turn(tokens, {client: part(1000 * share if client.through else 1000) for client in Client})
+        for share in shares
+    ]
 
 
 @pytest.mark.parametrize(("shares", "reached"), [((0.7, 0.81, 0.9), True), ((0.7, 0.79, 0.9), False)])
-def test_the_median_of_the_worst_length_counts(shares: tuple[float, ...], reached: bool) -> None:
+def test_the_median_of_the_worst_length_counts_for_each_pair(shares: tuple[float, ...], reached: bool) -> None:
     result = Result("", "")
-    inference.report_throughput([*pairs(32, 0.95, 0.96), *pairs(16, *shares)], result)
-    (goal,) = result.goals
-    assert goal.reached is reached
-    assert goal.measured == f"{shares[1]:.2f}"
-    assert "16 tokens" in goal.what
+    inference.report_throughput([*turns(32, 0.95, 0.96), *turns(16, *shares)], result)
+    assert len(result.goals) == len(inference.PAIRS)
     throughput, cost = result.tables
-    assert [row[0] for row in throughput.rows] == ["16", "32"]
-    assert throughput.rows[0][-1] == f"{shares[1]:.2f} (0.70 to 0.90)"
-    assert cost.rows[1] == ["16: through gRPC", "20 µs", "300 µs", "150 µs"]
+    for number, goal in enumerate(result.goals):
+        assert goal.reached is reached
+        assert goal.measured == (f"{shares[1]:.2f}" if reached else f"{shares[1]:.2f}; reached at 32 tokens")
+        assert "16 tokens" in goal.what
+        short, long = throughput.rows[2 * number : 2 * number + 2]
+        assert short[-2:] == [f"{shares[1]:.2f} (0.70 to 0.90)", "yes" if reached else "**no**"]
+        assert (short[1], long[1], long[-1]) == ("16", "32", "yes")
+    assert cost.rows[0][:4] == ["16: minimal gRPC", "20 µs", "300 µs", "150 µs"]
 
 
 @pytest.mark.parametrize(("together", "reached"), [(51.0, True), (49.0, False)])
@@ -74,5 +81,5 @@ def test_a_completion_of_another_length_is_no_measurement() -> None:
 
 
 def test_a_part_that_fails_says_why() -> None:
-    with pytest.raises(BenchError, match=r"bench\.callers failed:(.|\n)*TypeError"):
+    with pytest.raises(BenchError, match=r"bench\.callers failed:(.|\n)*KeyError"):
         inference.ask("bench.callers", {}, 1.0)

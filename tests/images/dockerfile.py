@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,6 +206,15 @@ class Context:
         files = start.rglob("*") if start.is_dir() else [start]
         relative = [file.relative_to(self.root) for file in files if file.is_file()]
         return [file for file in relative if self.has(file.as_posix())]
+
+    def copy(self, sources: list[str], destination: Path) -> None:
+        """Do what COPY does; the content of a source that is a folder goes right into the destination."""
+        for source in sources:
+            for file in self.files(source):
+                is_folder = (self.root / source).is_dir()
+                target = destination / (file.relative_to(source) if is_folder else file.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.root / file, target)
 
 
 def _and_folders(path: str) -> list[str]:

@@ -80,7 +80,7 @@ def test_the_daemon_is_installed_before_its_code_comes(tmp_path: Path) -> None:
     *early, code, finish = copies(daemon)
     assert code == (["src"], "src")
     for sources, destination in early:
-        _copy(context, sources, destination, folder)
+        context.copy(sources, folder / destination)
     assert [path.name for path in (folder / "src/bullpen").iterdir()] == ["__init__.py"]
     venv = folder / ".venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=60)
@@ -104,7 +104,7 @@ def test_the_daemon_is_installed_before_its_code_comes(tmp_path: Path) -> None:
     site = next((venv / "lib").glob("python*")) / "site-packages"
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     for sources, destination in (code, finish):
-        _copy(context, sources, destination, folder)
+        context.copy(sources, folder / destination)
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [folder / "images/finish.sh"], check=False, capture_output=True, text=True, timeout=60, env=alone
@@ -115,16 +115,6 @@ def test_the_daemon_is_installed_before_its_code_comes(tmp_path: Path) -> None:
     shown = subprocess.run(where, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=30, env=alone)
     assert shown.stdout.startswith(str(folder))
     assert any((folder / "src/bullpen/cli/__pycache__").iterdir())
-
-
-def _copy(context: Context, sources: list[str], destination: str, folder: Path) -> None:
-    for source in sources:
-        for file in context.files(source):
-            is_folder = (context.root / source).is_dir()
-            inside = file.relative_to(source) if is_folder else Path(file.name)
-            target = folder / destination / inside
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(context.root / file, target)
 
 
 @pytest.mark.slow
