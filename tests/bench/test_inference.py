@@ -58,6 +58,19 @@ def test_the_median_of_the_worst_length_counts_for_each_pair(shares: tuple[float
     assert cost.rows[0][:4] == ["16: minimal gRPC", "20 µs", "300 µs", "150 µs"]
 
 
+@pytest.mark.parametrize(
+    ("callers", "said"), [(451e-6, "together: httpx (at 16, 32 tokens)."), (449e-6, "together: none.")]
+)
+def test_clients_that_cost_more_than_the_servers_are_named(callers: float, said: str) -> None:
+    result = Result("", "")
+    dear = inference.Part(1000, callers, 300e-6, 150e-6)
+    measured = [*turns(16, 0.9), *turns(32, 0.9)]
+    inference.report_throughput(
+        [inference.Turn(turn.tokens, {**turn.parts, Client.HTTPX: dear}) for turn in measured], result
+    )
+    assert result.tables[1].note.endswith(said)
+
+
 @pytest.mark.parametrize(("together", "reached"), [(51.0, True), (49.0, False)])
 def test_the_gain_over_lock_step_is_that_of_each_round(together: float, reached: bool) -> None:
     result = Result("", "")
