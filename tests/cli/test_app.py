@@ -185,7 +185,7 @@ def test_flags_arrive_as_they_were_given(served: list[Settings], tmp_path: Path)
         "log-level": "debug",
         "log-cap": 0,
         "log-dir": tmp_path / "logs",
-        "log-chunk": 4,
+        "log-chunk": 8,
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     switches = ["--mock-gpus", "--allow-unauthenticated", "--allow-env", "LD_PRELOAD", "--allow-env", "PATH"]
