@@ -57,6 +57,7 @@ VOLUME ["/var/lib/bullpen", "/home/bullpen/.cache/huggingface"]
 # By number, so that Kubernetes can tell that it is not root.
 USER 1000:1000
 WORKDIR /home/bullpen
+# The daemon ends its servers first, and then with exit code 0.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["/opt/bullpen/images/healthcheck.sh"]
 

@@ -32,7 +32,8 @@ ENV PATH=/opt/client/bin:${PATH} \
     PYTHONUNBUFFERED=1
 USER 1000:1000
 WORKDIR /home/bullpen
-# It runs a program of yours and ends with it: there is no service to ask.
+# It runs a program of yours once and ends with it. It listens nowhere, so that there is nothing to ask, and its exit code says
+# how it went.
 HEALTHCHECK NONE
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python"]

@@ -27,6 +27,7 @@ VENV = "opt/bullpen/.venv"
 STAMP = Path(sys.prefix, "product.stamp")
 LOCAL = {"BULLPEN_HOST": "127.0.0.1", "BULLPEN_INSTANCE_HOST": "127.0.0.1"}
 PROBE = ["apt-get", "-o", "APT::Update::Error-Mode=any", "update"]
+NEEDED = "curl --version && python3 -c 'import ensurepip'"
 # So that nothing takes long where there is no network.
 QUICKLY = 'Acquire::Retries "0";\nAcquire::http::Timeout "5";\nAcquire::https::Timeout "5";\n'
 
@@ -62,6 +63,8 @@ def has_archive(container: Container) -> bool:
     (container.root / "etc/apt/apt.conf.d/99quickly").write_text(QUICKLY)
     if container.run(PROBE).returncode == 0:
         return True
+    if container.run(["bash", "-c", NEEDED]).returncode != 0:
+        pytest.skip("the archive of packages cannot be reached, and this system lacks curl or python3-venv")
     nothing = container.root / "usr/local/sbin/apt-get"
     nothing.write_text("#!/bin/sh\n")
     nothing.chmod(0o755)
